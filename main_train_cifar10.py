@@ -1,0 +1,171 @@
+"""Distil a student from a teacher, on synthetic images alone, and test it on real CIFAR-10.
+
+    python main_train_cifar10.py --epochs 50 --lr 0.05 --batch_size 128 \\
+        --teacher_weights teacher_cifar10_finetuned.pth
+
+A randomly initialised ResNet18 sees the 50,000 AI-generated images of CIFAKE and learns to match the
+teacher's softened outputs, T^2 * KL(teacher || student) at T = 10. It is shown no real image and no
+label; after every epoch it is tested on the 10,000 real test images. student_cifar10_kd.pth is written
+when the last epoch is done. Plots, metrics.csv and checkpoints are in runs/student-001 while it runs.
+Measured times and accuracies are in the README.
+"""
+
+import hashlib
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import flags
+from data import DeviceLoader, download_cifake, load_cifake, load_cifar10, load_demo
+from engine import build_optimizer, build_scheduler, evaluate, kd_loss, train_one_epoch
+from experiment import Progress, Run, UserError, one_line_errors, pick_device, seed_everything
+from models import STEMS, build_model, load_model, to_checkpoint
+from plots import plot_run
+
+# The published recipe, and the demo's.
+RECIPE = dict(epochs=50, lr=0.05, optimizer="sgd", weight_decay=5e-4, scheduler="multistep")
+DEMO = dict(
+    epochs=10,
+    stem="imagenet",
+    teacher_weights="runs/demo/teacher_cifar10_finetuned.pth",
+    output=Path("runs/demo/student_cifar10_kd.pth"),
+)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    parser = flags.make_parser(__doc__)
+    data = flags.add_data_flags(parser)
+    data.add_argument(
+        "--synthetic_data_dir",
+        type=Path,
+        default=Path("synthetic_data/cifake_train_fake"),
+        metavar="DIR",
+        help="holds the images of CIFAKE's train/FAKE [%(default)s]",
+    )
+    data.add_argument(
+        "--download_synthetic",
+        action="store_true",
+        help="fetch CIFAKE to there first, with the optional package kagglehub",
+    )
+    model = parser.add_argument_group("model (ResNet18)")
+    model.add_argument(
+        "--stem",
+        choices=STEMS,
+        default="cifar",
+        help="3x3 without pooling, or torchvision's own 7x7 with pooling [%(default)s]",
+    )
+    flags.add_optimisation_flags(parser, **RECIPE)
+    distillation = parser.add_argument_group("distillation")
+    distillation.add_argument(
+        "--teacher_weights",
+        "--teacher_weights_path",
+        default="teacher_cifar10_finetuned.pth",
+        metavar="FILE",
+        help="the teacher; 'random' is an untrained one, as a control [%(default)s]",
+    )
+    distillation.add_argument(
+        "--teacher_stem",
+        choices=STEMS,
+        help="the stem that the teacher has to have [the same as --stem]",
+    )
+    distillation.add_argument(
+        "--temperature",
+        "--kd_temp",
+        type=flags.real(0, 1000, above=True),
+        default=10.0,
+        metavar="T",
+        help="softens the outputs of both [%(default)s]",
+    )
+    flags.add_run_flags(parser, "student", "student_cifar10_kd.pth")
+    return flags.parse(parser, argv, DEMO)
+
+
+def main(args: Namespace) -> None:
+    device, amp = pick_device(args.device, args.amp)
+
+    # data: the student trains on synthetic images, and is tested on real ones
+    if args.download_synthetic:
+        download_cifake(args.synthetic_data_dir)
+    if args.demo:
+        train_set, test_set = load_demo("synthetic").first(args.limit), load_demo("test")
+    else:
+        train_set = load_cifake(args.synthetic_data_dir, args.limit)
+        test_set = load_cifar10(args.data_dir, train=False)
+    test_set = test_set.first(args.limit)
+    train_loader = DeviceLoader(train_set, args.batch_size, device, train=True)
+    test_loader = DeviceLoader(test_set, 500, device, train=False)
+
+    # models, optimizer, scheduler
+    seed_everything(args.seed)
+    student = build_model("resnet18", args.stem, len(test_set.classes)).to(device)
+    teacher, teacher_sha256 = load_teacher(args, test_set.classes)
+    teacher = teacher.to(device).eval().requires_grad_(False)
+    teacher_test = evaluate(teacher, test_loader, amp)
+    print(f"teacher: {args.teacher_weights}, {teacher_test['accuracy']:.2f} % on the real test set")
+    optimizer = build_optimizer(student, args)
+    scheduler = build_scheduler(optimizer, args, args.epochs * len(train_loader))
+
+    def loss_fn(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # the labels are not used
+        with torch.inference_mode():
+            teacher_logits = teacher(images)
+        student_logits = student(images)
+        loss = kd_loss(student_logits, teacher_logits, args.temperature)
+        return loss, student_logits.argmax(1) == teacher_logits.argmax(1)
+
+    # the run
+    name = "demo/student" if args.demo else "student"
+    identity = {
+        "train_images": len(train_set),
+        "test_images": len(test_set),
+        "teacher_sha256": teacher_sha256,
+    }
+    run = Run(args, name, identity, teacher_accuracy=teacher_test["accuracy"])
+    first_epoch = run.restore(student, optimizer, scheduler)
+    progress = Progress(first_epoch, args.epochs, len(train_loader) * args.batch_size)
+    for epoch in range(first_epoch, args.epochs + 1):
+        began, lr = time.perf_counter(), scheduler.get_last_lr()[0]
+        seed_everything(args.seed, epoch)
+        train = train_one_epoch(
+            student, train_loader, loss_fn, optimizer, scheduler, amp, progress.on_batch
+        )
+        test = evaluate(student, test_loader, amp)
+        row = {
+            "epoch": epoch,
+            "lr": lr,
+            "train_loss": train["loss"],
+            "train_agreement": train["hits"],
+            "test_loss": test["loss"],
+            "test_accuracy": test["accuracy"],
+            "seconds": time.perf_counter() - began,
+            "images_per_second": train["images_per_second"],
+        }
+        run.record(row, to_checkpoint(student, test_set.classes), optimizer, scheduler)
+        plot_run(run.folder)
+        progress.epoch(row)
+    progress.close()
+    run.finish(to_checkpoint(student, test_set.classes))
+
+
+def load_teacher(args: Namespace, classes: tuple[str, ...]) -> tuple[nn.Module, str | None]:
+    """The teacher, and the checksum of its file, which has to stay the same while a run goes on."""
+    stem = args.teacher_stem or args.stem
+    if args.teacher_weights == "random":
+        return build_model("resnet18", stem, len(classes)), None
+    path = Path(args.teacher_weights)
+    if not path.is_file():
+        raise UserError(
+            f"no teacher at {path}: make one with `python fine_tune_teacher_cifar10.py`"
+        )
+    teacher = load_model(
+        path, arch="resnet18", stem=stem, num_classes=len(classes), classes=list(classes)
+    )
+    return teacher, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_args())
