@@ -1,7 +1,7 @@
 """The inner loops, the losses and the schedules. Nothing here prints, or knows of files.
 
-The loops return plain dicts of floats. Sums are kept on the device: there is one synchronisation an epoch,
-where they are read.
+The loops return plain dicts of floats. Sums are kept on the device: there is one synchronisation an
+epoch, where they are read.
 """
 
 import math
@@ -20,12 +20,12 @@ LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), summed over classes, mean over the batch.
+    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), the mean over the batch.
 
-    Both logits are (B, classes); the result is a float32 scalar. No gradient reaches the teacher. The factor
-    T^2 keeps the size of the gradient independent of T to first order (Hinton, Vinyals & Dean 2015,
-    arXiv 1503.02531, section 2). Reduction "batchmean" is the mathematical KL; PyTorch's default "mean"
-    would also divide by the number of classes.
+    Both logits are (B, classes); the result is a float32 scalar. No gradient reaches the teacher.
+    The factor T^2 keeps the size of the gradient independent of T to first order (Hinton, Vinyals &
+    Dean 2015, arXiv 1503.02531, section 2). Reduction "batchmean" is the mathematical KL; PyTorch's
+    default "mean" would also divide by the number of classes.
     """
     log_p = F.log_softmax(student_logits.float() / temperature, dim=1)
     log_q = F.log_softmax(teacher_logits.detach().float() / temperature, dim=1)
@@ -43,9 +43,10 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """One pass over `loader`; the rate changes after every batch.
 
-    `loss_fn(images, labels)` returns the loss to minimise, a scalar, and the hits: (B,) bool, true where the
-    prediction equals its target (the label, or the teacher's choice). `amp` is the autocast dtype.
-    `on_batch(images, loss)` is told the size and the loss of each batch; reading the loss synchronises.
+    `loss_fn(images, labels)` returns the loss to minimise, a scalar, and the hits: (B,) bool, true
+    where the prediction equals its target (the label, or the teacher's choice). `amp` is the
+    autocast dtype. `on_batch(images, loss)` is told the size and the loss of each batch; reading
+    the loss synchronises.
 
     Returns `loss` (mean), `hits` (percent) and `images_per_second`.
     """
@@ -74,7 +75,7 @@ def train_one_epoch(
 def evaluate(
     model: nn.Module, loader: DeviceLoader, amp: torch.dtype | None = None
 ) -> dict[str, float]:
-    """Mean cross-entropy (nats) and accuracy (percent) over every image of `loader`, in eval mode."""
+    """`loss`, the mean cross-entropy in nats, and `accuracy`, in percent, over all of `loader`."""
     model.eval()
     loss_sum = torch.zeros((), device=loader.device, dtype=torch.float64)
     hit_sum = torch.zeros((), device=loader.device, dtype=torch.int64)
@@ -117,19 +118,20 @@ def lr_factor(
 ) -> float:
     """The learning rate of batch `step` (from 0), as a factor of the peak rate.
 
-    none        constant
-    multistep   times `gamma` at each of `milestones`, fractions of the run. Counted in batches, they keep
-                their place in a run of any length: 25 and 40 of 50 epochs, the middle of a single one.
-    cosine      half a cosine from 1 to 0 (Loshchilov & Hutter 2017)
-    onecycle    1/25 up to 1 at 30 %, then down to 1/250,000, both along a cosine: the defaults of
-                `torch.optim.lr_scheduler.OneCycleLR` with the momentum left alone (Smith & Topin 2018)
+    none        1 all along
+    multistep   times `gamma` at each of `milestones`, which are fractions of the run. Counted in
+                batches they keep their place in a run of any length: epochs 25 and 40 of 50, and
+                the middle of a single one
+    cosine      half a cosine from 1 to 0 (Loshchilov & Hutter 2017, arXiv 1608.03983)
+    onecycle    along cosines from 1/25 to 1 at 30 % of the run, and down to 1/250,000: PyTorch's
+                OneCycleLR with the momentum left alone (Smith & Topin 2018, arXiv 1708.07120)
     """
     if name == "none":
         return 1.0
     if name == "multistep":
-        # rounding guards against 0.8 * 19500 = 15600.000000000002; a drop before the first batch is no drop
-        starts = [max(1, math.ceil(round(fraction * total_steps, 6))) for fraction in milestones]
-        return gamma ** sum(step >= start for start in starts)
+        # round: 0.8 * 19500 is 15600.000000000002; max: the first batch always has the full rate
+        drops = [max(1, math.ceil(round(fraction * total_steps, 6))) for fraction in milestones]
+        return gamma ** sum(step >= drop for drop in drops)
     if name == "cosine":
         return _cosine(1.0, 0.0, step / total_steps)
     if name == "onecycle":

@@ -2,9 +2,10 @@
 
     python fine_tune_teacher_cifar10.py --epochs 15 --lr 0.001 --batch_size 128
 
-trains on the 50,000 real training images with cross-entropy, tests on the 10,000 real test images after
-every epoch, and writes teacher_cifar10_finetuned.pth when the last epoch is done. Plots, metrics.csv and
-checkpoints are in runs/teacher-001 while it runs. Measured times and accuracies are in the README.
+trains on the 50,000 real training images with cross-entropy, tests on the 10,000 real test images
+after every epoch, and writes teacher_cifar10_finetuned.pth when the last epoch is done. Plots,
+metrics.csv and checkpoints are in runs/teacher-001 while it runs. Measured times and accuracies are
+in the README.
 """
 
 import time
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flags
-from data import DeviceLoader, load_cifar10, load_demo
+from data import TEST_BATCH_SIZE, DeviceLoader, load_cifar10, load_demo
 from engine import build_optimizer, build_scheduler, evaluate, train_one_epoch
 from experiment import Progress, Run, one_line_errors, pick_device, seed_everything
 from models import STEMS, build_model, init_from, to_checkpoint
@@ -34,7 +35,7 @@ DEMO = dict(
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
-    parser = flags.make_parser(__doc__)
+    parser = flags.Parser(__doc__)
     flags.add_data_flags(parser)
     model = parser.add_argument_group("model (ResNet18)")
     model.add_argument(
@@ -48,13 +49,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         default="imagenet",
         metavar="START",
         help=(
-            "imagenet: torchvision's IMAGENET1K_V1 weights; random; or the path of a weight file for "
+            "imagenet: torchvision's IMAGENET1K_V1; random; or the path of a weight file for "
             "torchvision's ResNet18 [%(default)s]"
         ),
     )
     flags.add_optimisation_flags(parser, **RECIPE)
     flags.add_run_flags(parser, "teacher", "teacher_cifar10_finetuned.pth")
-    return flags.parse(parser, argv, DEMO)
+    return flags.parse(parser, argv, "teacher", DEMO)
 
 
 def main(args: Namespace) -> None:
@@ -70,7 +71,7 @@ def main(args: Namespace) -> None:
         )
     train_set, test_set = train_set.first(args.limit), test_set.first(args.limit)
     train_loader = DeviceLoader(train_set, args.batch_size, device, train=True)
-    test_loader = DeviceLoader(test_set, 500, device, train=False)
+    test_loader = DeviceLoader(test_set, TEST_BATCH_SIZE, device, train=False)
 
     # model, optimizer, scheduler
     seed_everything(args.seed)
@@ -85,8 +86,7 @@ def main(args: Namespace) -> None:
         return F.cross_entropy(logits, labels), logits.argmax(1) == labels
 
     # the run
-    name = "demo/teacher" if args.demo else "teacher"
-    run = Run(args, name, {"train_images": len(train_set), "test_images": len(test_set)})
+    run = Run(args, "teacher", {"train_images": len(train_set), "test_images": len(test_set)})
     first_epoch = run.restore(teacher, optimizer, scheduler)
     progress = Progress(first_epoch, args.epochs, len(train_loader) * args.batch_size)
     for epoch in range(first_epoch, args.epochs + 1):

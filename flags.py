@@ -1,6 +1,7 @@
-"""The command line that the scripts share: one spelling, one meaning and one check for every flag.
+"""The command line that the scripts share: one name, one meaning and one check for every flag.
 
-A script builds its parser out of these groups, naming its own recipe where it calls them.
+A script builds its parser from these groups and names its own recipe where it calls them. Every
+number is checked before anything else happens, and what is wrong is said in one line.
 """
 
 import argparse
@@ -8,77 +9,73 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
-from experiment import read_config
+from experiment import UserError, read_config
 
-# What may differ when a run goes on: where things lie and what they run on, but nothing that shapes the result.
-FREE_ON_RESUME = {
-    "resume",
-    "run_dir",
-    "device",
-    "output",
-    "data_dir",
-    "synthetic_data_dir",
-    "teacher_weights",
-}
+# What may change when a run goes on: where things lie and what it runs on, not what it computes.
+FREE_ON_RESUME = ("resume", "device", "output", "data_dir", "synthetic_data_dir", "teacher_weights")
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser that shows `description` as it is and takes no abbreviated flags."""
-    return argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+class Parser(argparse.ArgumentParser):
+    """Takes no abbreviated flags, and says in one line what is wrong with a command."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
     """An argparse type: a whole number from `low` to `high`."""
 
-    def parse(text: str) -> int:
+    def check(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = low - 1
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {low} to {high}")
         return value
 
-    return parse
+    return check
 
 
-def real(low: float, high: float, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: a finite number from `low` to `high`; with `above`, `low` itself is excluded."""
+def number(low: float, high: float, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a number from `low` to `high`; with `above`, not `low` itself."""
 
-    def parse(text: str) -> float:
+    def check(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
         if not low <= value <= high or (above and value == low):
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a number {'above' if above else 'from'} {low:g} to {high:g}"
-            )
+            start = "above" if above else "from"
+            raise argparse.ArgumentTypeError(f"{text!r} is no number {start} {low:g} to {high:g}")
         return value
 
-    return parse
+    return check
 
 
 def device(text: str) -> str:
     """An argparse type: auto, cpu, cuda or cuda:N."""
-    if text != "auto":
-        try:
-            kind = torch.device(text).type
-        except RuntimeError:
-            kind = None
-        if kind not in ("cpu", "cuda"):
-            raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda and cuda:N")
+    try:
+        kind = "cpu" if text == "auto" else torch.device(text).type
+    except RuntimeError:
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda and cuda:N")
     return text
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_data_flags(parser: Parser) -> argparse._ArgumentGroup:
     """--data_dir, --limit and --demo; returns the group, for what a script adds to it."""
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -92,29 +89,27 @@ def add_data_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--limit",
         type=whole(1, 10**9),
         metavar="N",
-        help="only the first N images of each set, for a quick try [all]",
+        help="take only the first N images of each set, for a quick try [all]",
     )
     group.add_argument(
         "--demo",
         action="store_true",
-        help="drawn pictures instead of any data: no files, no network, a minute on a CPU; "
-        "the defaults shrink with it, and all it writes is under runs/demo",
+        help="take small drawn pictures in place of all data, a quick recipe for the CPU as the "
+        "defaults below, and runs/demo for all that is written",
     )
     return group
 
 
-def add_optimisation_flags(parser: argparse.ArgumentParser, **recipe) -> None:
-    """Everything from --epochs to --gamma; `recipe` gives the defaults that differ between scripts."""
+def add_optimisation_flags(parser: Parser, **recipe) -> None:
+    """Everything from --epochs to --gamma; `recipe` holds the defaults of the script."""
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=whole(1, 100_000), metavar="N", help="length of the run [%(default)s]")
+    add("--epochs", type=whole(1, 10**5), metavar="N", help="length of the run [%(default)s]")
     add("--batch_size", type=whole(2, 10**6), metavar="N", help="images a step [%(default)s]")
     add("--optimizer", choices=("sgd", "adam"), help="[%(default)s]")
-    add(
-        "--lr", type=real(0, 1000, above=True), metavar="X", help="peak learning rate [%(default)s]"
-    )
-    add("--momentum", type=real(0, 0.9999), metavar="X", help="of SGD [%(default)s]")
-    add("--nesterov", action="store_true", help="take Nesterov's momentum for SGD")
-    add("--weight_decay", type=real(0, 10), metavar="X", help="[%(default)s]")
+    add("--lr", type=number(0, 1000, above=True), metavar="X", help="peak rate [%(default)s]")
+    add("--momentum", type=number(0, 0.9999), metavar="X", help="of SGD [%(default)s]")
+    add("--nesterov", action="store_true", help="use Nesterov's momentum in SGD")
+    add("--weight_decay", type=number(0, 10), metavar="X", help="[%(default)s]")
     add(
         "--scheduler",
         choices=("none", "multistep", "cosine", "onecycle"),
@@ -122,22 +117,16 @@ def add_optimisation_flags(parser: argparse.ArgumentParser, **recipe) -> None:
     )
     add(
         "--milestones",
-        type=real(0, 1, above=True),
+        type=number(0, 1, above=True),
         nargs="+",
         metavar="X",
         help="where multistep drops the rate, as fractions of the run [0.5 0.8]",
     )
-    add(
-        "--gamma",
-        type=real(0, 1, above=True),
-        metavar="X",
-        help="factor of each drop [%(default)s]",
-    )
-    shared = dict(batch_size=128, momentum=0.9, milestones=[0.5, 0.8], gamma=0.1)
-    parser.set_defaults(**shared, **recipe)
+    add("--gamma", type=number(0, 1, above=True), metavar="X", help="of each drop [%(default)s]")
+    parser.set_defaults(batch_size=128, momentum=0.9, milestones=[0.5, 0.8], gamma=0.1, **recipe)
 
 
-def add_run_flags(parser: argparse.ArgumentParser, name: str, output: str) -> None:
+def add_run_flags(parser: Parser, kind: str, output: str) -> None:
     """--seed, --device, --amp, --run_dir, --resume and --output."""
     add = parser.add_argument_group("run").add_argument
     add(
@@ -152,20 +141,10 @@ def add_run_flags(parser: argparse.ArgumentParser, name: str, output: str) -> No
         "--amp",
         choices=("auto", "bf16", "off"),
         default="auto",
-        help="bfloat16 autocast; auto: on CUDA, not on the CPU [%(default)s]",
+        help="bfloat16 autocast; auto means bf16 on CUDA and off on the CPU [%(default)s]",
     )
-    add(
-        "--run_dir",
-        type=Path,
-        metavar="DIR",
-        help=f"a new folder for the run [runs/{name}-001 ...]",
-    )
-    add(
-        "--resume",
-        type=Path,
-        metavar="DIR",
-        help="go on with the stopped run in DIR, as it was started",
-    )
+    add("--run_dir", type=Path, metavar="DIR", help=f"new folder of the run [runs/{kind}-001, ...]")
+    add("--resume", type=Path, metavar="DIR", help="go on with the stopped run in DIR")
     add(
         "--output",
         type=Path,
@@ -175,13 +154,11 @@ def add_run_flags(parser: argparse.ArgumentParser, name: str, output: str) -> No
     )
 
 
-def parse(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, demo: dict
-) -> argparse.Namespace:
-    """Parse `argv`; --demo brings the defaults of `demo`, --resume the flags of the stopped run.
+def parse(parser: Parser, argv: Sequence[str] | None, kind: str, demo: dict) -> argparse.Namespace:
+    """Parse `argv`; --demo brings the defaults in `demo`, --resume the flags of the stopped run.
 
-    Flags that would turn the resumed run into another one are refused. Errors: UserError when there is
-    no run to resume.
+    `kind` is what the script makes, "teacher" or "student". Flags that would make another run of
+    the one to be resumed are refused. Errors: UserError when there is no such run.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(argv)
@@ -190,16 +167,22 @@ def parse(
         args = parser.parse_args(argv)
     if args.resume is None:
         return args
-    stored = _as_tokens(read_config(args.resume)["args"])
+    if args.run_dir is not None:
+        parser.error("--resume goes on in the folder of the run: leave --run_dir out")
+    config = read_config(args.resume)
+    if config.get("kind") != kind:
+        raise UserError(f"{args.resume} is the run of a {config.get('kind')}, not of a {kind}")
+    stored = _as_tokens(config["args"])
     before, args = parser.parse_args(stored), parser.parse_args([*stored, *argv])
     for key, value in vars(args).items():
-        if key not in FREE_ON_RESUME and value != (was := getattr(before, key)):
+        was = getattr(before, key)
+        if value != was and key not in FREE_ON_RESUME:
             parser.error(f"{args.resume} was started with --{key} {was}: --resume cannot change it")
     return args
 
 
 def _as_tokens(args: dict) -> list[str]:
-    """The flags in a `config.json` as one would have typed them, so that argparse checks them again."""
+    """The flags in a `config.json` as one would type them, so that argparse checks them again."""
     tokens = []
     for key, value in args.items():
         if key in ("resume", "run_dir") or value is None or value is False:

@@ -3,11 +3,11 @@
     python main_train_cifar10.py --epochs 50 --lr 0.05 --batch_size 128 \\
         --teacher_weights teacher_cifar10_finetuned.pth
 
-A randomly initialised ResNet18 sees the 50,000 AI-generated images of CIFAKE and learns to match the
-teacher's softened outputs, T^2 * KL(teacher || student) at T = 10. It is shown no real image and no
-label; after every epoch it is tested on the 10,000 real test images. student_cifar10_kd.pth is written
-when the last epoch is done. Plots, metrics.csv and checkpoints are in runs/student-001 while it runs.
-Measured times and accuracies are in the README.
+A randomly initialised ResNet18 sees the 50,000 AI-generated images of CIFAKE and learns to match
+the teacher's softened outputs, T^2 * KL(teacher || student) at T = 10. It is shown no real image
+and no label; after every epoch it is tested on the 10,000 real test images. student_cifar10_kd.pth
+is written when the last epoch is done. Plots, metrics.csv and checkpoints are in runs/student-001
+while it runs. Measured times and accuracies are in the README.
 """
 
 import hashlib
@@ -20,7 +20,14 @@ import torch
 from torch import Tensor, nn
 
 import flags
-from data import DeviceLoader, download_cifake, load_cifake, load_cifar10, load_demo
+from data import (
+    TEST_BATCH_SIZE,
+    DeviceLoader,
+    download_cifake,
+    load_cifake,
+    load_cifar10,
+    load_demo,
+)
 from engine import build_optimizer, build_scheduler, evaluate, kd_loss, train_one_epoch
 from experiment import Progress, Run, UserError, one_line_errors, pick_device, seed_everything
 from models import STEMS, build_model, load_model, to_checkpoint
@@ -37,7 +44,7 @@ DEMO = dict(
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
-    parser = flags.make_parser(__doc__)
+    parser = flags.Parser(__doc__)
     data = flags.add_data_flags(parser)
     data.add_argument(
         "--synthetic_data_dir",
@@ -75,13 +82,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     distillation.add_argument(
         "--temperature",
         "--kd_temp",
-        type=flags.real(0, 1000, above=True),
+        type=flags.number(0, 1000, above=True),
         default=10.0,
         metavar="T",
         help="softens the outputs of both [%(default)s]",
     )
     flags.add_run_flags(parser, "student", "student_cifar10_kd.pth")
-    return flags.parse(parser, argv, DEMO)
+    return flags.parse(parser, argv, "student", DEMO)
 
 
 def main(args: Namespace) -> None:
@@ -97,7 +104,7 @@ def main(args: Namespace) -> None:
         test_set = load_cifar10(args.data_dir, train=False)
     test_set = test_set.first(args.limit)
     train_loader = DeviceLoader(train_set, args.batch_size, device, train=True)
-    test_loader = DeviceLoader(test_set, 500, device, train=False)
+    test_loader = DeviceLoader(test_set, TEST_BATCH_SIZE, device, train=False)
 
     # models, optimizer, scheduler
     seed_everything(args.seed)
@@ -117,13 +124,12 @@ def main(args: Namespace) -> None:
         return loss, student_logits.argmax(1) == teacher_logits.argmax(1)
 
     # the run
-    name = "demo/student" if args.demo else "student"
     identity = {
         "train_images": len(train_set),
         "test_images": len(test_set),
         "teacher_sha256": teacher_sha256,
     }
-    run = Run(args, name, identity, teacher_accuracy=teacher_test["accuracy"])
+    run = Run(args, "student", identity, teacher_accuracy=teacher_test["accuracy"])
     first_epoch = run.restore(student, optimizer, scheduler)
     progress = Progress(first_epoch, args.epochs, len(train_loader) * args.batch_size)
     for epoch in range(first_epoch, args.epochs + 1):

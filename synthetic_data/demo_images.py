@@ -1,10 +1,10 @@
-"""Ten classes of 32x32 pictures, drawn by NumPy from a seed: the demo set.
+"""Ten classes of small pictures, drawn by NumPy from a seed: the demo set.
 
-    python synthetic_data/demo_images.py sheet.png      # a contact sheet: five "real" rows, five "synthetic"
+    python synthetic_data/demo_images.py sheet.png    # five rows in the real style, five synthetic
 
-Each picture shows one shape, at a random place, size, angle and colour, on a background. The "real" style is
-cluttered: uneven light, stripes behind the shape, a second small blob, noise. The "synthetic" style is what a
-generator tends to make of it: clean, bright, centred, and more alike. Fore- and background swap their
+Each picture shows one shape. In the "real" style it lies anywhere, at any size and somewhat turned,
+on a striped ground, beside a blob, in uneven light and noise. The "synthetic" style is what a
+generator makes of that: clean, centred, larger, and more of the same. Shape and ground swap their
 brightness at random, so that a linear classifier on pixels finds next to nothing.
 """
 
@@ -12,92 +12,68 @@ import sys
 
 import numpy as np
 
-SHAPES = (
-    "disc",
-    "ring",
-    "square",
-    "frame",
-    "triangle",
-    "cross",
-    "bar",
-    "two bars",
-    "star",
-    "crescent",
-)
+SHAPES = tuple("disc ring square frame triangle cross bar bars star crescent".split())
 SIZE = 32
 
 
 def draw(style: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """`count` pictures in `style` ("real" or "synthetic"): uint8 (N, 3, 32, 32), and int64 (N,) shapes.
+    """`count` pictures in the style "real" or "synthetic", from a seed.
 
-    The classes are equally frequent and in random order. The same arguments give the same pictures.
+    Returns images, uint8 (N, 3, 32, 32), and labels, int64 (N,), indices into `SHAPES`: all equally
+    frequent, in random order. The same arguments give the same pictures.
     """
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(count) % len(SHAPES))
     real = style == "real"
-    spread, turn, blur = (6.0, 0.6, 1.2) if real else (2.5, 0.25, 0.6)
 
-    def per_image(low: float, high: float, *shape: int) -> np.ndarray:
-        return rng.uniform(low, high, (count, *(shape or (1, 1))))
+    def uniform(low: float, high: float, channels: int = 1) -> np.ndarray:
+        return rng.uniform(low, high, (count, channels, 1, 1))
 
-    # the pixel grid in the frame of each shape: shifted, turned and scaled to a radius of about 1
-    y, x = np.mgrid[:SIZE, :SIZE].astype(np.float64) - (SIZE - 1) / 2
-    dx, dy = x - per_image(-spread, spread), y - per_image(-spread, spread)
-    angle, radius = per_image(-turn, turn), per_image(6, 11) if real else per_image(8, 11)
+    # the pixel grid as each shape sees it: shifted, turned, and in units of its radius
+    y, x = np.mgrid[:SIZE, :SIZE] - (SIZE - 1) / 2
+    shift, turn, smallest = (6, 0.5, 7) if real else (3, 0.3, 8)
+    dx, dy = x - uniform(-shift, shift), y - uniform(-shift, shift)
+    angle, radius = uniform(-turn, turn), uniform(smallest, 11)
     u = (np.cos(angle) * dx + np.sin(angle) * dy) / radius
     v = (np.cos(angle) * dy - np.sin(angle) * dx) / radius
-    distance = np.empty((count, SIZE, SIZE))
-    for label in range(len(SHAPES)):
-        of = labels == label
-        distance[of] = _distance(SHAPES[label], u[of], v[of])
-    mask = 1 / (
-        1 + np.exp(np.clip(distance * radius / (0.5 * blur), -30, 30))
-    )  # 1 inside, 0 outside
+    distance = np.empty((count, 1, SIZE, SIZE))
+    for label, shape in enumerate(SHAPES):
+        distance[labels == label] = _distance(shape, u[labels == label], v[labels == label])
+    inside = 1 / (1 + np.exp((distance * radius / 0.4).clip(-30, 30)))  # from 1 to 0 over a pixel
 
-    # two colours of different brightness, either of which may be the shape's
-    dark, light = per_image(0.0, 0.45, 3, 1, 1), per_image(0.55, 1.0, 3, 1, 1)
+    dark, bright = uniform(0, 0.45, 3), uniform(0.55, 1, 3)
     swap = rng.random((count, 1, 1, 1)) < 0.5
-    front, back = np.where(swap, dark, light), np.where(swap, light, dark)
-    images = back + (front - back) * mask[:, None]
-
+    colour, ground = np.where(swap, dark, bright), np.where(swap, bright, dark)
     if real:
-        phase, pitch, tilt = per_image(0, 6.3), per_image(0.5, 1.5), per_image(0, 3.15)
-        stripes = np.sin(pitch * (np.cos(tilt) * x + np.sin(tilt) * y) + phase)
-        images += per_image(0.05, 0.2, 1, 1, 1) * (stripes * (1 - mask))[:, None]
-        far = (x - per_image(-14, 14)) ** 2 + (y - per_image(-14, 14)) ** 2
-        blob = per_image(0.4, 0.9) * np.exp(-far / per_image(4, 12))
-        images += (per_image(0, 1, 3, 1, 1) - images) * blob[:, None]
-        light = 1 + 0.03 * (per_image(-1, 1) * x + per_image(-1, 1) * y)
-        images = images * light[:, None] + rng.normal(0, 0.09, images.shape)
-    else:
-        images += rng.normal(0, 0.02, images.shape)
+        tilt = uniform(0, np.pi)
+        stripes = np.sin(uniform(0.5, 1.5) * (np.cos(tilt) * x + np.sin(tilt) * y) + uniform(0, 6))
+        ground = ground + uniform(0, 0.15) * stripes
+    images = ground + (colour - ground) * inside
+    if real:
+        blob = np.exp(-((x - uniform(-14, 14)) ** 2 + (y - uniform(-14, 14)) ** 2) / uniform(4, 10))
+        images += (uniform(0, 1, 3) - images) * blob
+        images *= 1 + 0.02 * (uniform(-1, 1) * x + uniform(-1, 1) * y)
+    images += rng.normal(0, 0.07 if real else 0.02, images.shape)
     return (255 * images.clip(0, 1)).round().astype(np.uint8), labels
 
 
 def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Below 0 inside the shape, above 0 outside; about the distance to its edge, in radii."""
+    """About the distance to the edge of the shape, in radii: negative inside, positive outside."""
     disc = np.hypot(u, v) - 0.9
     square = np.maximum(abs(u), abs(v)) - 0.8
     bar = np.maximum(abs(u) - 1, abs(v) - 0.3)
-    if shape == "disc":
-        return disc
-    if shape == "ring":
-        return abs(disc + 0.2) - 0.2
-    if shape == "square":
-        return square
-    if shape == "frame":
-        return abs(square + 0.2) - 0.2
-    if shape == "triangle":
-        return np.maximum(v - 0.6, abs(u) * 0.87 - v * 0.5 - 0.5)
-    if shape == "cross":
-        return np.minimum(bar, np.maximum(abs(v) - 1, abs(u) - 0.3))
-    if shape == "bar":
-        return bar
-    if shape == "two bars":
-        return np.maximum(abs(u) - 1, abs(abs(v) - 0.55) - 0.25)
-    if shape == "star":
-        return np.hypot(u, v) - 0.65 - 0.35 * np.cos(5 * np.arctan2(u, -v))
-    return np.maximum(disc, 0.75 - np.hypot(u - 0.55, v))  # crescent
+    return {
+        "disc": disc,
+        "ring": abs(disc + 0.2) - 0.2,
+        "square": square,
+        "frame": abs(square + 0.2) - 0.2,
+        "triangle": np.maximum(v - 0.6, 0.87 * abs(u) - 0.5 * v - 0.5),
+        "cross": np.minimum(bar, np.maximum(abs(v) - 1, abs(u) - 0.3)),
+        "bar": bar,
+        "bars": np.maximum(abs(u) - 1, abs(abs(v) - 0.55) - 0.25),
+        "star": np.hypot(u, v) - 0.65 - 0.35 * np.cos(5 * np.arctan2(u, -v)),
+        "crescent": np.maximum(disc, 0.75 - np.hypot(u - 0.55, v)),
+    }[shape]
 
 
 def main() -> None:
@@ -109,11 +85,9 @@ def main() -> None:
     rows = []
     for style in ("real", "synthetic"):
         images, labels = draw(style, 400, seed=0)
-        rows += [
-            images[np.flatnonzero(labels == c)[k]] for k in range(5) for c in range(len(SHAPES))
-        ]
+        rows += [images[labels == label][row] for row in range(5) for label in range(len(SHAPES))]
     save_image(torch.from_numpy(np.stack(rows)) / 255, sys.argv[1], nrow=len(SHAPES))
-    print(f"{sys.argv[1]}: {', '.join(SHAPES)}")
+    print(f"{sys.argv[1]}, from left to right: {', '.join(SHAPES)}")
 
 
 if __name__ == "__main__":

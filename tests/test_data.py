@@ -1,0 +1,314 @@
+import hashlib
+import pickle
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torchvision.datasets import CIFAR10
+from torchvision.io import decode_image, write_jpeg, write_png
+from torchvision.transforms.v2 import functional as F
+
+import data
+from data import DeviceLoader, ImageSet, augment, cifake_label, load_cifake, load_cifar10, normalize
+from experiment import UserError
+
+
+def made_set(n: int) -> ImageSet:
+    generator = torch.Generator().manual_seed(n)
+    images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return ImageSet(images, torch.arange(n), data.CLASSES)
+
+
+# ----------------------------------------------------------------------------------------- CIFAKE
+
+
+def test_names_give_the_classes():
+    assert cifake_label("1000.jpg") == 0
+    assert [cifake_label(f"1000 ({k}).jpg") for k in range(2, 11)] == list(range(1, 10))
+    assert cifake_label("0.JPEG") == 0
+
+
+@pytest.mark.parametrize("name", ["1000 (1).jpg", "1000 (11).jpg", "1000 (0).jpg"])
+def test_an_unknown_class_is_named(name):
+    with pytest.raises(ValueError, match="is no class: k goes from 2 to 10"):
+        cifake_label(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["cat.jpg", "1000(2).jpg", "1000 (2) (3).jpg", "(2).jpg", "١ (2).jpg"]
+)
+def test_a_name_that_does_not_parse_is_refused(name):
+    with pytest.raises(ValueError, match="neither 'NNNN' nor"):
+        cifake_label(name)
+
+
+def test_a_folder_loads_sorted_and_labelled(cifake):
+    loaded = load_cifake(cifake)
+    names = sorted(path.name for path in cifake.iterdir())
+    assert loaded.images.shape == (40, 3, 32, 32)
+    assert loaded.images.dtype == torch.uint8
+    assert loaded.labels.tolist() == [cifake_label(name) for name in names]
+    assert loaded.classes == data.CLASSES
+    for image, name in zip(loaded.images, names, strict=True):
+        assert torch.equal(image, decode_image(str(cifake / name)))
+
+
+def test_a_limit_takes_the_first_by_name(cifake):
+    whole, part = load_cifake(cifake), load_cifake(cifake, limit=7)
+    assert torch.equal(part.images, whole.images[:7])
+    assert torch.equal(part.labels, whole.labels[:7])
+
+
+def test_every_extension_size_and_mode_is_taken(tmp_path):
+    red = torch.tensor([200, 40, 40], dtype=torch.uint8).view(3, 1, 1)
+    write_png(red.expand(3, 32, 32), str(tmp_path / "1.png"))
+    write_jpeg(red.expand(3, 64, 48).contiguous(), str(tmp_path / "2.JPG"), quality=100)
+    write_jpeg(red.expand(3, 8, 8).contiguous(), str(tmp_path / "3 (2).JpEg"), quality=100)
+    write_jpeg(torch.full((1, 32, 32), 90, dtype=torch.uint8), str(tmp_path / "4.jpg"), quality=100)
+    rgba = torch.cat([red.expand(3, 32, 32), torch.full((1, 32, 32), 255, dtype=torch.uint8)])
+    from PIL import Image
+
+    Image.fromarray(rgba.permute(1, 2, 0).numpy(), "RGBA").save(tmp_path / "5.PNG")
+    (tmp_path / ".DS_Store").write_bytes(b"hidden files are passed over")
+
+    loaded = load_cifake(tmp_path)
+    assert loaded.labels.tolist() == [0, 0, 1, 0, 0]
+    for image, colour in zip(
+        loaded.images, [red, red, red, torch.full((3, 1, 1), 90), red], strict=True
+    ):
+        assert (image.int() - colour.int()).abs().max() <= 3
+
+
+def test_what_does_not_belong_in_the_folder_is_named(cifake):
+    for name, content, message in [
+        ("notes.txt", b"", "notes.txt: not a .jpg, .jpeg or .png file"),
+        ("cat.jpg", b"", "cat.jpg: its name is neither"),
+        ("1000 (12).jpg", b"", r"1000 \(12\).jpg: \(12\) is no class"),
+        ("1000 (2).png", b"no picture", r"1000 \(2\).png: not an image that can be read"),
+        ("9999.jpg", b"", "9999.jpg: not an image that can be read"),
+    ]:
+        (cifake / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            load_cifake(cifake)
+        (cifake / name).unlink()
+    (cifake / "FAKE").mkdir()
+    with pytest.raises(UserError, match="FAKE: not a .jpg"):
+        load_cifake(cifake)
+
+
+def test_a_missing_or_empty_folder_tells_what_to_do(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("missing", "empty"):
+        with pytest.raises(
+            UserError, match=f"kaggle.com.*train/FAKE.*{name}.*--download_synthetic"
+        ):
+            load_cifake(tmp_path / name)
+
+
+def test_cifake_is_laid_out_from_the_download(cifake, tmp_path, monkeypatch):
+    shutil.copytree(cifake, tmp_path / "cache" / "train" / "FAKE")
+    asked = []
+
+    def dataset_download(handle):
+        asked.append(handle)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setitem(
+        sys.modules, "kagglehub", SimpleNamespace(dataset_download=dataset_download)
+    )
+    target = tmp_path / "cifake_train_fake"
+    data.download_cifake(target)
+    data.download_cifake(target)  # it is there now: not fetched again
+    assert asked == ["birdy654/cifake-real-and-ai-generated-synthetic-images"]
+    assert torch.equal(load_cifake(target).images, load_cifake(cifake).images)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_download_that_fails_tells_the_steps_by_hand(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kagglehub", None)  # as if it were not installed
+    with pytest.raises(
+        UserError, match="pip install kagglehub.*by hand, download https://www.kaggle"
+    ):
+        data.download_cifake(tmp_path / "cifake")
+
+    def offline(handle):
+        raise ConnectionError("no network")
+
+    monkeypatch.setitem(sys.modules, "kagglehub", SimpleNamespace(dataset_download=offline))
+    with pytest.raises(UserError, match=r"\(no network\); by hand: download https://www.kaggle"):
+        data.download_cifake(tmp_path / "cifake")
+    assert not (tmp_path / "cifake").exists()
+
+
+# --------------------------------------------------------------------------------------- CIFAR-10
+
+
+def test_the_binary_version_is_read_in_order(cifar10_binary):
+    train, test = (
+        load_cifar10(cifar10_binary, train=True),
+        load_cifar10(cifar10_binary, train=False),
+    )
+    assert (len(train), len(test)) == (100, 20)
+    assert train.labels.tolist() == list(range(10)) * 10
+    record = (cifar10_binary / "cifar-10-batches-bin" / "data_batch_2.bin").read_bytes()[:3073]
+    pixels = np.frombuffer(record[1:], np.uint8).reshape(3, 32, 32)
+    assert np.array_equal(train.images[20].numpy(), pixels)
+    assert record[0] == train.labels[20]
+
+
+@pytest.mark.parametrize("damage", ["flipped byte", "cut short", "missing"])
+def test_a_damaged_binary_file_is_named(damage, cifar10_binary):
+    path = cifar10_binary / "cifar-10-batches-bin" / "data_batch_3.bin"
+    content = bytearray(path.read_bytes())
+    content[1234] ^= 1
+    if damage == "missing":
+        path.unlink()
+        with pytest.raises(FileNotFoundError, match=r"data_batch_3\.bin"):
+            load_cifar10(cifar10_binary, train=True)
+    else:
+        path.write_bytes(content if damage == "flipped byte" else content[:-1])
+        with pytest.raises(UserError, match=r"data_batch_3\.bin is not the original file"):
+            load_cifar10(cifar10_binary, train=True)
+    assert len(load_cifar10(cifar10_binary, train=False)) == 20  # the others are none the worse
+
+
+def test_the_python_version_gives_the_same_images(cifar10_binary, tmp_path, monkeypatch):
+    folder = tmp_path / "python" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    checksums = {}
+    for binary in (cifar10_binary / "cifar-10-batches-bin").iterdir():
+        records = np.frombuffer(binary.read_bytes(), np.uint8).reshape(-1, 3073)
+        batch = {"data": records[:, 1:].copy(), "labels": records[:, 0].tolist()}
+        (folder / binary.stem).write_bytes(pickle.dumps(batch))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(data.CLASSES)}))
+    checksums = {p.name: hashlib.md5(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+    batches = [[f"data_batch_{i}", checksums[f"data_batch_{i}"]] for i in range(1, 6)]
+    monkeypatch.setattr(CIFAR10, "train_list", batches)
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", checksums["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": checksums["batches.meta"]})
+
+    for train in (True, False):
+        binary, python = load_cifar10(cifar10_binary, train), load_cifar10(folder.parent, train)
+        assert torch.equal(binary.images, python.images)
+        assert torch.equal(binary.labels, python.labels)
+
+    (folder / "data_batch_4").write_bytes(b"something else")
+    with pytest.raises(UserError, match="data_batch_4 is not the original file"):
+        load_cifar10(folder.parent, train=True)
+    assert (folder / "data_batch_4").read_bytes() == b"something else"
+
+
+def test_a_download_of_cifar10_that_fails_is_said(tmp_path, monkeypatch):
+    def offline(self):
+        raise OSError("no network")
+
+    monkeypatch.setattr(CIFAR10, "download", offline)
+    with pytest.raises(UserError, match=r"CIFAR-10 is neither in .* failed: no network.*--demo"):
+        load_cifar10(tmp_path, train=True)
+
+
+# ---------------------------------------------------------------------------------------- batches
+
+
+def test_crops_and_flips_are_torchvisions_on_the_same_draws():
+    images = made_set(64).images
+    generator = torch.Generator().manual_seed(0)
+    top, left = torch.randint(0, 9, (2, 64), generator=generator)
+    flip = torch.rand(64, generator=generator) < 0.5
+    ours = augment(images, top, left, flip)
+    for i in range(64):
+        theirs = F.crop(F.pad(images[i], [4]), int(top[i]), int(left[i]), 32, 32)
+        theirs = F.horizontal_flip(theirs) if flip[i] else theirs
+        assert torch.equal(ours[i], theirs)
+
+
+def test_normalize_is_torchvisions():
+    images = made_set(8).images
+    ours = normalize(images)
+    theirs = F.normalize(F.to_dtype(images, torch.float32, scale=True), data.MEAN, data.STD)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    assert images.dtype == torch.uint8  # and it is left alone
+
+
+def test_test_batches_are_all_the_images_in_order():
+    images = made_set(23)
+    batches = list(DeviceLoader(images, 10, "cpu", train=False))
+    assert [len(labels) for _, labels in batches] == [10, 10, 3]
+    assert torch.cat([labels for _, labels in batches]).tolist() == list(range(23))
+    assert torch.equal(torch.cat([batch for batch, _ in batches]), normalize(images.images))
+
+
+def test_training_batches_are_full_shuffled_and_drawn_from_the_seed():
+    images = made_set(50)
+    loader = DeviceLoader(images, 16, "cpu", train=True)
+
+    def epoch(seed):
+        torch.manual_seed(seed)
+        batches = list(loader)
+        assert (
+            [batch.shape for batch, _ in batches]
+            == [(16, 3, 32, 32)] * 3
+            == [(16, 3, 32, 32)] * len(loader)
+        )
+        return torch.cat([batch for batch, _ in batches]), torch.cat(
+            [labels for _, labels in batches]
+        )
+
+    (views, labels), (again, labels_again), (other, other_labels) = epoch(1), epoch(1), epoch(2)
+    assert torch.equal(views, again)
+    assert torch.equal(labels, labels_again)
+    assert len(set(labels.tolist())) == 48  # no image twice
+    assert labels.tolist() != other_labels.tolist()
+    assert not torch.equal(views, other)
+
+
+def test_every_crop_and_both_flips_come_up():
+    """A picture of its own coordinates tells which crop of it was taken."""
+    y, x = torch.meshgrid(torch.arange(1, 33), torch.arange(1, 33), indexing="ij")
+    image = torch.stack([y, x, torch.zeros_like(x)]).to(torch.uint8)
+    images = ImageSet(image.expand(2000, 3, 32, 32), torch.zeros(2000, dtype=torch.int64), ("x",))
+    torch.manual_seed(0)
+    ((views, _),) = DeviceLoader(images, 2000, "cpu", train=True)
+    std, mean = torch.tensor(data.STD).view(3, 1, 1), torch.tensor(data.MEAN).view(3, 1, 1)
+    centre = ((views * std + mean) * 255).round()[:, :2, 16, 16]  # (2000, 2): source row, column
+    flipped = ((views * std + mean) * 255).round()[:, 1, 16, 15] > centre[:, 1]
+    assert set(centre[:, 0].int().tolist()) == set(range(13, 22))
+    assert 0.45 < flipped.float().mean() < 0.55
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(UserError, match="--batch_size 51 is more than the 50 training images"):
+        DeviceLoader(made_set(50), 51, "cpu", train=True)
+    assert len(DeviceLoader(made_set(50), 51, "cpu", train=False)) == 1
+
+
+# ------------------------------------------------------------------------------------------- demo
+
+
+def test_the_demo_set_is_the_same_every_time_and_balanced():
+    for part, count in (("train", 4000), ("test", 1000), ("synthetic", 4000)):
+        one, two = data.load_demo(part), data.load_demo(part)
+        assert torch.equal(one.images, two.images)
+        assert one.images.shape == (count, 3, 32, 32)
+        assert one.images.dtype == torch.uint8
+        assert torch.bincount(one.labels).tolist() == [count // 10] * 10
+
+
+def test_a_linear_classifier_finds_little_in_the_demo_set():
+    """Ridge regression on pixels, its strength picked to its own advantage on the test set."""
+    train, test = data.load_demo("train"), data.load_demo("test")
+
+    def features(images):
+        return torch.cat([images.images.flatten(1) / 255 - 0.5, torch.ones(len(images), 1)], 1)
+
+    x, y = features(train), torch.nn.functional.one_hot(train.labels, 10).float()
+    accuracies = []
+    for strength in (1.0, 10.0, 100.0, 1000.0):
+        weights = torch.linalg.solve(x.T @ x + strength * torch.eye(x.shape[1]), x.T @ y)
+        hits = (features(test) @ weights).argmax(1) == test.labels
+        accuracies.append(hits.float().mean().item())
+    assert 0.05 < max(accuracies) < 0.60

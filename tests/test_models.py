@@ -1,0 +1,174 @@
+import pickle
+
+import pytest
+import torch
+from torchvision.models import ResNet18_Weights, resnet18, resnet34
+
+import models
+from experiment import UserError
+from models import build_model, init_from, load_model, to_checkpoint
+
+CLASSES = tuple("abcdefghij")
+
+
+def bare(path, model):
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def assert_same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+def test_stems_differ_in_what_the_blocks_see():
+    pictures = torch.zeros(2, 3, 32, 32)
+    for stem, size in (("cifar", 32), ("imagenet", 8)):
+        model = build_model(stem=stem).eval()
+        seen = []
+        model.layer1.register_forward_hook(lambda _, inputs, __, seen=seen: seen.append(inputs[0]))
+        assert model(pictures).shape == (2, 10)
+        assert seen[0].shape == (2, 64, size, size)
+
+
+def test_parameter_counts_are_the_known_ones():
+    def count(stem):
+        return sum(p.numel() for p in build_model(stem=stem).parameters())
+
+    assert count("cifar") == 11_173_962  # 11.17 million, as every CIFAR table has it
+    assert count("imagenet") == count("cifar") + 64 * 3 * (7 * 7 - 3 * 3)
+
+
+@pytest.mark.parametrize("stem", models.STEMS)
+def test_a_checkpoint_brings_its_network_back(stem, tmp_path):
+    torch.manual_seed(1)
+    model = build_model(stem=stem, num_classes=7)
+    torch.save(to_checkpoint(model, tuple("abcdefg")), tmp_path / "model.pth")
+    again = load_model(tmp_path / "model.pth")
+    assert again.spec == {"arch": "resnet18", "stem": stem, "num_classes": 7}
+    assert not again.training
+    assert_same_weights(model, again)
+
+
+@pytest.mark.parametrize("stem", models.STEMS)
+def test_a_bare_state_dict_is_recognised_by_its_shapes(stem, tmp_path):
+    model = build_model(stem=stem)
+    again = load_model(bare(tmp_path / "bare.pth", model), stem=stem, classes=list(CLASSES))
+    assert_same_weights(model, again)
+
+
+@pytest.mark.parametrize(
+    ("expected", "message"),
+    [
+        ({"arch": "resnet34"}, "expected arch resnet34, found resnet18"),
+        ({"stem": "imagenet"}, "expected stem imagenet, found cifar"),
+        ({"num_classes": 100}, "expected num_classes 100, found 10"),
+        ({"classes": ["x"]}, "expected classes"),
+    ],
+)
+def test_another_network_than_expected_is_named(expected, message, tmp_path):
+    torch.save(to_checkpoint(build_model(), CLASSES), tmp_path / "model.pth")
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path / "model.pth", **expected)
+
+
+def test_a_network_we_do_not_have_is_named(tmp_path):
+    with pytest.raises(UserError, match="found resnet34 with the imagenet stem"):
+        load_model(bare(tmp_path / "bare.pth", resnet34(num_classes=10)))
+    with pytest.raises(UserError, match="no ResNet"):
+        load_model(bare(tmp_path / "bare.pth", torch.nn.Linear(3, 3)))
+
+
+def test_a_checkpoint_that_lies_about_itself_is_refused(tmp_path):
+    checkpoint = {**to_checkpoint(build_model(stem="cifar"), CLASSES), "stem": "imagenet"}
+    torch.save(checkpoint, tmp_path / "model.pth")
+    with pytest.raises(
+        UserError, match=r"conv1.weight: expected \(64, 3, 7, 7\), found \(64, 3, 3"
+    ):
+        load_model(tmp_path / "model.pth")
+
+
+def test_files_that_are_no_checkpoints_are_refused(tmp_path):
+    path = tmp_path / "model.pth"
+    with pytest.raises(UserError, match="there is no weight file"):
+        load_model(path)
+    for content in (b"", b"not a checkpoint", b"PK\x03\x04 neither"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="not a weight file that is safe to load"):
+            load_model(path)
+    for state in ([1, 2], {"model": "weights"}, {"epoch": 3}, torch.zeros(3)):
+        torch.save(state, path)
+        with pytest.raises(UserError, match="holds no network"):
+            load_model(path)
+
+
+class Malice:
+    def __reduce__(self):
+        return exec, ("open('ran.txt', 'w').close()",)
+
+
+def test_a_pickle_that_would_run_code_does_not_run(workdir):
+    (workdir / "model.pth").write_bytes(pickle.dumps(Malice()))
+    torch.save({"model": Malice()}, workdir / "model.pt")
+    for name in ("model.pth", "model.pt"):
+        with pytest.raises(UserError, match="not a weight file that is safe to load"):
+            load_model(name)
+    assert not (workdir / "ran.txt").exists()
+
+
+# ------------------------------------------------------------------------------------------ starts
+
+
+def test_a_weight_file_with_another_head_gives_the_body(tmp_path):
+    torch.manual_seed(2)
+    source = resnet18(num_classes=200).half()
+    model = build_model(stem="imagenet")
+    head = model.fc.weight.clone()
+    said = init_from(model, str(bare(tmp_path / "body.pth", source)))
+    assert said == f"120 of 122 tensors from {tmp_path / 'body.pth'}; new: fc.weight, fc.bias"
+    assert torch.equal(model.fc.weight, head)
+    assert torch.equal(model.conv1.weight, source.conv1.weight.float())
+    assert torch.equal(model.layer4[1].bn2.weight, source.layer4[1].bn2.weight.float())
+    assert model.conv1.weight.dtype == torch.float32
+
+
+def test_the_cifar_stem_takes_the_centre_of_the_kernel(tmp_path):
+    source, model = resnet18(num_classes=10), build_model(stem="cifar")
+    said = init_from(model, str(bare(tmp_path / "body.pth", source)))
+    assert "centre of its 7x7 kernels; new: none" in said
+    assert torch.equal(model.conv1.weight, source.conv1.weight[:, :, 2:5, 2:5])
+    assert torch.equal(model.fc.weight, source.fc.weight)
+
+
+def test_imagenet_weights_without_counters_are_taken(monkeypatch):
+    weights = {k: w for k, w in resnet18().state_dict().items() if "num_batches" not in k}
+    monkeypatch.setattr(ResNet18_Weights, "get_state_dict", lambda *_, **__: weights)
+    model = build_model(stem="imagenet")
+    assert "torchvision" not in init_from(model, "imagenet")
+    assert torch.equal(model.conv1.weight, weights["conv1.weight"])
+
+
+def test_imagenet_weights_that_cannot_be_had_name_the_other_starts(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(ResNet18_Weights, "get_state_dict", offline)
+    with pytest.raises(UserError, match=r"cannot be downloaded.*--init random.*--init PATH"):
+        init_from(build_model(), "imagenet")
+
+
+def test_a_start_that_does_not_fit_is_refused(tmp_path):
+    path = str(bare(tmp_path / "body.pth", build_model(stem="cifar")))
+    with pytest.raises(UserError, match=r"expected \(64, 3, 7, 7\), found \(64, 3, 3, 3\)"):
+        init_from(build_model(stem="imagenet"), path)
+    with pytest.raises(UserError, match="expected nothing, found"):
+        init_from(build_model(stem="imagenet"), str(bare(tmp_path / "big.pth", resnet34())))
+
+
+def test_a_random_start_takes_nothing():
+    model = build_model()
+    before = model.conv1.weight.clone()
+    assert init_from(model, "random") == "random weights"
+    assert torch.equal(model.conv1.weight, before)
