@@ -1,0 +1,197 @@
+"""Whatever is wrong: one clear line, exit code 2 for usage, else 1, and nothing is harmed."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.models import resnet34
+
+import data
+import fine_tune_teacher_cifar10 as teacher_script
+import main_train_cifar10 as student_script
+from experiment import one_line_errors
+from models import build_model, to_checkpoint
+
+
+def fails(script, argv, capsys) -> tuple[int, str]:
+    """Run a script as its last lines do; returns the exit code and the one line on stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        script.main(script.parse_args([str(word) for word in argv]))
+    if isinstance(stop.value.code, str):  # sys.exit(text) prints it and exits with 1
+        code, text = 1, stop.value.code
+    else:
+        code, text = stop.value.code, capsys.readouterr().err.removesuffix("\n")
+    assert text.startswith("error: ")
+    assert "\n" not in text
+    return code, text
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+BAD_FLAGS = [
+    (["--epochs", "0"], "--epochs: '0' is no whole number from 1"),
+    (["--epochs", "-3"], "--epochs: '-3' is no whole number"),
+    (["--epochs", "1e3"], "--epochs: '1e3' is no whole number"),
+    (["--epochs", "9999999"], "--epochs: '9999999' is no whole number"),
+    (["--batch_size", "0"], "--batch_size: '0' is no whole number from 2"),
+    (["--limit", "0"], "--limit: '0' is no whole number from 1"),
+    (["--lr", "-0.1"], "--lr: '-0.1' is no number above 0"),
+    (["--lr", "0"], "--lr: '0' is no number above 0"),
+    (["--lr", "nan"], "--lr: 'nan' is no number"),
+    (["--lr", "inf"], "--lr: 'inf' is no number"),
+    (["--lr", "fast"], "--lr: 'fast' is no number"),
+    (["--momentum", "1"], "--momentum: '1' is no number from 0 to 0.9999"),
+    (["--weight_decay", "-1"], "--weight_decay: '-1' is no number from 0"),
+    (["--milestones", "0.5", "25"], "--milestones: '25' is no number above 0 to 1"),
+    (["--gamma", "0"], "--gamma: '0' is no number above 0 to 1"),
+    (["--seed", "-1"], "--seed: '-1' is no whole number from 0"),
+    (["--stem", "vit"], "--stem: invalid choice: 'vit'"),
+    (["--optimizer", "lion"], "--optimizer: invalid choice: 'lion'"),
+    (["--scheduler", "poly"], "--scheduler: invalid choice: 'poly'"),
+    (["--device", "tpu"], "--device: 'tpu' is none of auto, cpu, cuda and cuda:N"),
+    (["--device", "meta"], "--device: 'meta' is none of auto, cpu, cuda and cuda:N"),
+    (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+    (["--run_dir"], "--run_dir: expected one argument"),
+]
+
+
+@pytest.mark.parametrize("script", [teacher_script, student_script])
+@pytest.mark.parametrize(("flags", "message"), BAD_FLAGS)
+def test_flags_that_make_no_sense(script, flags, message, workdir, capsys):
+    code, text = fails(script, ["--demo", *flags], capsys)
+    assert code == 2
+    assert message in text
+    assert not list(workdir.iterdir())
+
+
+@pytest.mark.parametrize("name", ["--temperature", "--kd_temp"])
+@pytest.mark.parametrize("value", ["0", "-4", "nan", "hot"])
+def test_temperatures_that_make_no_sense(name, value, workdir, capsys):
+    code, text = fails(student_script, [name, value], capsys)
+    assert (code, f"'{value}' is no number above 0" in text) == (2, True)
+
+
+# -------------------------------------------------------------------- a student, file by file
+
+
+@pytest.fixture
+def student(workdir, cifake, cifar10_binary, capsys):
+    """A complete set of good files, and a function that runs the student on it with changes."""
+    torch.save(to_checkpoint(build_model(stem="imagenet"), data.CLASSES), "teacher.pth")
+    Path("student_cifar10_kd.pth").write_text("precious")
+    good = {
+        "data_dir": cifar10_binary,
+        "synthetic_data_dir": cifake,
+        "teacher_weights": "teacher.pth",
+        "stem": "imagenet",
+        "batch_size": 8,
+        "epochs": 1,
+        "device": "cpu",
+    }
+
+    def expect(message: str, **changes) -> None:
+        before = snapshot(workdir)
+        argv = [f"--{key}={value}" for key, value in {**good, **changes}.items()]
+        code, text = fails(student_script, argv, capsys)
+        assert code == 1
+        assert message in text
+        assert snapshot(workdir) == before
+
+    return expect
+
+
+def test_synthetic_images(student, cifake, workdir):
+    student("there are no synthetic images in nowhere", synthetic_data_dir="nowhere")
+    (workdir / "empty").mkdir()
+    student("there are no synthetic images in empty", synthetic_data_dir="empty")
+    for name, message in [
+        ("1000 (11).jpg", "1000 (11).jpg: (11) is no class"),
+        ("kitten.jpg", "kitten.jpg: its name is neither"),
+        ("list.csv", "list.csv: not a .jpg, .jpeg or .png file"),
+        ("1001 (3).png", "1001 (3).png: not an image that can be read"),
+    ]:
+        (cifake / name).write_bytes(b"")
+        student(message)
+        (cifake / name).unlink()
+    student("--batch_size 41 is more than the 40 training images", batch_size=41)
+    student("--batch_size 8 is more than the 5 training images", limit=5)
+
+
+def test_teachers(student, workdir):
+    student("no teacher at nobody.pth: make one with", teacher_weights="nobody.pth")
+    student("no teacher at data: make one with", teacher_weights="data")
+    (workdir / "text.pth").write_text("I am a teacher")
+    student("text.pth is not a weight file that is safe to load", teacher_weights="text.pth")
+    student("expected stem cifar, found imagenet", stem="cifar")
+    student("expected stem cifar, found imagenet", teacher_stem="cifar")
+    torch.save(to_checkpoint(build_model("resnet18", "imagenet", 100), data.CLASSES), "c100.pth")
+    student("expected num_classes 10, found 100", teacher_weights="c100.pth")
+    torch.save(resnet34(num_classes=10).state_dict(), "r34.pth")
+    student("expected arch resnet18, found resnet34", teacher_weights="r34.pth")
+
+
+def test_cifar10(student, cifar10_binary, workdir):
+    path = cifar10_binary / "cifar-10-batches-bin" / "test_batch.bin"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 255
+    path.write_bytes(content)
+    student("test_batch.bin is not the original file of CIFAR-10")
+    path.unlink()
+    student("test_batch.bin")
+
+
+def test_outputs(student, workdir):
+    (workdir / "file").write_text("in the way")
+    student("file", run_dir="file/run")
+    student("file", output="file/student.pth")
+    (workdir / "folder").mkdir()
+    student("--output folder cannot be written", output="folder")
+    (workdir / "folder" / "thesis.tex").write_text("years of work")
+    student("folder is not empty", run_dir="folder")
+
+
+def test_devices(student, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    student("--device cuda: PyTorch finds 0 CUDA devices here", device="cuda")
+
+
+# ------------------------------------------------------------------------------- the rest
+
+
+def test_the_start_of_a_teacher(workdir, capsys):
+    argv = ["--demo", "--limit", 64, "--batch_size", 32, "--init"]
+    code, text = fails(teacher_script, [*argv, "weights.pth"], capsys)
+    assert (code, text) == (1, "error: there is no weight file weights.pth")
+    torch.save(resnet34().state_dict(), "r34.pth")
+    code, text = fails(teacher_script, [*argv, "r34.pth"], capsys)
+    assert (code, "r34.pth is no resnet18" in text) == (1, True)
+    assert not Path("runs").exists()
+
+
+def test_resuming_what_is_no_run(workdir, demo_teacher, capsys):
+    run = workdir / "run"
+    shutil.copytree(demo_teacher.parent / "run", run)
+
+    def expect(script, code, message, *argv):
+        before = snapshot(workdir)
+        found, text = fails(script, argv, capsys)
+        assert found == code
+        assert message in text
+        assert snapshot(workdir) == before
+
+    expect(student_script, 1, "nowhere is not a run", "--resume", "nowhere")
+    expect(student_script, 1, "is the run of a teacher, not of a student", "--resume", run)
+    expect(teacher_script, 2, "leave --run_dir out", "--resume", run, "--run_dir", "x")
+    expect(teacher_script, 2, "was started with --lr 0.001", "--resume", run, "--lr", 0.1)
+    expect(teacher_script, 2, "was started with --epochs 2", "--resume", run, "--epochs", 9)
+    for content in ("", "[]", "{}", '{"args": 3}', '{"kind": "teacher", "args": [1]}'):
+        (run / "config.json").write_text(content)
+        expect(teacher_script, 1, "is not the config.json of a run", "--resume", run)
+    (run / "config.json").write_text('{"kind": "teacher", "args": {"epochs": "many"}}')
+    expect(teacher_script, 2, "--epochs: 'many' is no whole number", "--resume", run)

@@ -1,0 +1,195 @@
+"""Both scripts from end to end, on the demo set and on made data."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, TINY, run_student, run_teacher
+
+import fine_tune_teacher_cifar10 as teacher_script
+import main_train_cifar10 as student_script
+from experiment import UserError
+from models import load_model, read_weights
+
+TIMES = ("seconds", "images_per_second")
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_times(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def assert_equal_weights(one: Path, two: Path) -> None:
+    one, two = read_weights(one)[0], read_weights(two)[0]
+    assert one.keys() == two.keys()
+    for key in one:
+        assert torch.equal(one[key], two[key]), key
+
+
+def stop_after(monkeypatch, script, epochs: int) -> None:
+    """Make the script die at the start of the epoch after `epochs`, as if it were killed."""
+    train, done = script.train_one_epoch, []
+
+    def dying(*args, **kwargs):
+        if len(done) == epochs:
+            raise KeyboardInterrupt
+        done.append(1)
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(script, "train_one_epoch", dying)
+
+
+def test_a_teacher_and_its_student(workdir, capsys):
+    run_teacher()
+    run_student()
+
+    assert not list(workdir.glob("*.pth"))  # a demo stays under runs/
+    demo = workdir / "runs" / "demo"
+    for kind, column in (("teacher", "train_accuracy"), ("student", "train_agreement")):
+        run = demo / f"{kind}-001"
+        assert {path.name for path in run.iterdir()} == {
+            *("config.json", "metrics.csv", "last.pt", "best.pt"),
+            *("train_val_losses.png", "val_accuracy.png"),
+        }
+        rows = metrics(run)
+        assert list(rows[0]) == [
+            *("epoch", "lr", "train_loss", column, "test_loss", "test_accuracy"),
+            *TIMES,
+        ]
+        assert [row["epoch"] for row in rows] == ["1", "2"]
+        for row in rows:
+            assert 0 <= float(row["test_accuracy"]) <= 100
+            assert 0 <= float(row[column]) <= 100
+            assert float(row["images_per_second"]) > 0
+    exported = read_weights(demo / "student_cifar10_kd.pth")[1]
+    assert exported["classes"] == list(teacher_script.load_demo("test").classes)
+    assert exported["provenance"]["epoch"] == 2
+    assert_equal_weights(demo / "student_cifar10_kd.pth", demo / "student-001" / "last.pt")
+    student = load_model(demo / "student_cifar10_kd.pth")
+    assert student(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    config = json.loads((demo / "student-001" / "config.json").read_text())
+    said = capsys.readouterr().out
+    assert (
+        f"teacher: {config['args']['teacher_weights']}, {config['teacher_accuracy']:.2f} %" in said
+    )
+    assert f"final  {float(rows[-1]['test_accuracy']):.2f} %" in said
+
+
+def test_the_cifar_stem_goes_through_too(workdir):
+    run_teacher("--stem", "cifar", "--epochs", 1, "--limit", 32)
+    run_student("--stem", "cifar", "--epochs", 1, "--limit", 32)
+    assert load_model("runs/demo/student_cifar10_kd.pth").spec["stem"] == "cifar"
+
+
+def test_both_scripts_run_on_files(workdir, cifake, cifar10_binary):
+    """No demo: CIFAR-10 and CIFAKE from disk, and the published file names."""
+    common = "--epochs 1 --batch_size 20 --stem imagenet --device cpu".split()
+    common += ["--data_dir", str(cifar10_binary)]
+    teacher_script.main(teacher_script.parse_args([*common, "--init", "random"]))
+    student_script.main(
+        student_script.parse_args([*common, "--synthetic_data_dir", str(cifake), "--seed", "3"])
+    )
+    facts = read_weights("student_cifar10_kd.pth")[1]
+    assert facts["classes"][0] == "airplane"
+    config = json.loads(Path("runs/student-001/config.json").read_text())
+    assert (config["train_images"], config["test_images"]) == (40, 20)
+    assert len(config["teacher_sha256"]) == 64
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(kind, workdir, demo_teacher, monkeypatch):
+    script, run = {
+        "teacher": (teacher_script, run_teacher),
+        "student": (student_script, run_student),
+    }[kind]
+    flags = ["--epochs", "3"] + (["--teacher_weights", demo_teacher] if kind == "student" else [])
+    run(*flags, "--run_dir", "unbroken", "--output", "unbroken.pth")
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, script, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(*flags, "--run_dir", "stopped", "--output", "stopped.pth")
+    assert not Path("stopped.pth").exists()
+    assert len(metrics(Path("stopped"))) == 2
+    script.main(script.parse_args(["--resume", "stopped"]))
+
+    assert without_times(metrics(Path("stopped"))) == without_times(metrics(Path("unbroken")))
+    assert_equal_weights(Path("stopped.pth"), Path("unbroken.pth"))
+    for name in ("best.pt", "last.pt"):
+        assert_equal_weights(Path("stopped", name), Path("unbroken", name))
+
+
+def test_the_seed_decides_everything(workdir, demo_teacher):
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        flags = ["--seed", seed, "--run_dir", name, "--output", f"{name}.pth"]
+        run_student(*flags, "--teacher_weights", demo_teacher)
+    a, b, c = (without_times(metrics(Path(name))) for name in "abc")
+    assert a == b
+    assert a != c
+    assert_equal_weights(Path("a.pth"), Path("b.pth"))
+
+
+def test_a_finished_run_exports_again_without_training(workdir, demo_teacher, monkeypatch):
+    run_student("--teacher_weights", demo_teacher)
+    exported = Path("runs/demo/student_cifar10_kd.pth")
+    exported.unlink()
+    stop_after(monkeypatch, student_script, 0)
+    student_script.main(student_script.parse_args(["--resume", "runs/demo/student-001"]))
+    assert_equal_weights(exported, Path("runs/demo/student-001/last.pt"))
+
+
+def test_an_untrained_teacher_is_a_control(workdir, capsys):
+    run_student("--teacher_weights", "random", "--epochs", 1)
+    assert "teacher: random" in capsys.readouterr().out
+
+
+def test_a_student_may_have_another_stem_when_it_is_said(workdir, demo_teacher):
+    flags = ["--teacher_weights", demo_teacher, "--limit", 32, "--epochs", 1, "--stem", "cifar"]
+    with pytest.raises(UserError, match="expected stem cifar, found imagenet"):
+        run_student(*flags)
+    run_student(*flags, "--teacher_stem", "imagenet")
+
+
+def test_a_teacher_of_other_classes_is_refused(workdir, demo_teacher, cifake, cifar10_binary):
+    flags = ["--data_dir", cifar10_binary, "--synthetic_data_dir", cifake, "--stem", "imagenet"]
+    argv = [*flags, "--teacher_weights", demo_teacher, "--batch_size", 8]
+    with pytest.raises(UserError, match=r"expected classes \['airplane'.*found \['disc'"):
+        student_script.main(student_script.parse_args([*map(str, argv)]))
+    assert not Path("runs").exists()
+
+
+def test_everything_is_a_process_too(workdir):
+    """The commands as a person runs them: what is printed, where, and the exit code."""
+
+    def python(*argv):
+        command = [sys.executable, *map(str, argv)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=workdir)
+
+    teacher = python(REPOSITORY / "fine_tune_teacher_cifar10.py", *TINY)
+    assert (teacher.returncode, teacher.stderr) == (0, "")
+    lines = teacher.stdout.splitlines()
+    assert lines[0] == "start: random weights"
+    assert [line.split()[:2] for line in lines[1:3]] == [["epoch", "1/2"], ["epoch", "2/2"]]
+    assert [line.split()[0] for line in lines[3:6]] == ["final", "best", "time"]
+    student = python(REPOSITORY / "main_train_cifar10.py", *TINY)
+    assert (student.returncode, student.stderr) == (0, "")
+    overlay = python(REPOSITORY / "plots.py", "runs/demo/teacher-001", "runs/demo/student-001")
+    assert (overlay.returncode, overlay.stderr) == (0, "")
+    assert (workdir / "comparison" / "val_accuracy.png").exists()
+    wrong = python(REPOSITORY / "main_train_cifar10.py", "--epochs", "0")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.splitlines() == [
+        "error: argument --epochs: '0' is no whole number from 1 to 100000 (--help lists the flags)"
+    ]
+    missing = python(REPOSITORY / "main_train_cifar10.py", *TINY, "--teacher_weights", "no.pth")
+    assert missing.returncode == 1
+    assert missing.stderr.startswith("error: no teacher at no.pth: make one with")
+    assert len(missing.stderr.splitlines()) == 1
