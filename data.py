@@ -207,9 +207,9 @@ def download_cifake(folder: str | Path) -> None:
 def load_demo(part: str) -> ImageSet:
     """The demo set: `part` is "train" or "test", in the real style, or "synthetic"."""
     style, count, seed = {
-        "train": ("real", 4000, 1),
+        "train": ("real", 3000, 1),
         "test": ("real", 1000, 2),
-        "synthetic": ("synthetic", 4000, 3),
+        "synthetic": ("synthetic", 3000, 3),
     }[part]
     images, labels = draw(style, count, seed)
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), SHAPES)

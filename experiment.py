@@ -106,6 +106,7 @@ class Run:
             self.config = {"kind": kind, **_surroundings(), **identity, **notes, "args": vars(args)}
             with replacing(self.folder / "config.json") as file:
                 file.write((json.dumps(self.config, indent=2, default=str) + "\n").encode())
+        print(f"run: {self.folder} (after a stop: --resume {self.folder})", flush=True)
 
     def restore(self, model: nn.Module, optimizer: Optimizer, scheduler: LambdaLR) -> int:
         """Load `last.pt`, if there is one yet; returns the epoch to train next, counted from 1."""

@@ -26,7 +26,7 @@ from plots import plot_run
 # The published recipe, and the demo's.
 RECIPE = dict(epochs=15, lr=1e-3, optimizer="adam", weight_decay=0.0, scheduler="none")
 DEMO = dict(
-    epochs=10,
+    epochs=8,
     init="random",
     stem="imagenet",
     scheduler="onecycle",
@@ -76,7 +76,7 @@ def main(args: Namespace) -> None:
     # model, optimizer, scheduler
     seed_everything(args.seed)
     teacher = build_model("resnet18", args.stem, len(test_set.classes))
-    print(f"start: {init_from(teacher, args.init)}")
+    print(f"start: {init_from(teacher, args.init)}", flush=True)
     teacher.to(device)
     optimizer = build_optimizer(teacher, args)
     scheduler = build_scheduler(optimizer, args, args.epochs * len(train_loader))

@@ -24,6 +24,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str) -> None:
         super().__init__(
+            usage="python %(prog)s [flags]",
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -94,8 +95,8 @@ def add_data_flags(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument(
         "--demo",
         action="store_true",
-        help="take small drawn pictures in place of all data, a quick recipe for the CPU as the "
-        "defaults below, and runs/demo for all that is written",
+        help="run on small drawn pictures, without any data and in about a minute on a CPU: other "
+        "defaults, and all that is written goes to runs/demo",
     )
     return group
 
@@ -105,11 +106,11 @@ def add_optimisation_flags(parser: Parser, **recipe) -> None:
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=whole(1, 10**5), metavar="N", help="length of the run [%(default)s]")
     add("--batch_size", type=whole(2, 10**6), metavar="N", help="images a step [%(default)s]")
-    add("--optimizer", choices=("sgd", "adam"), help="[%(default)s]")
+    add("--optimizer", choices=("sgd", "adam"), help="rule of the update [%(default)s]")
     add("--lr", type=number(0, 1000, above=True), metavar="X", help="peak rate [%(default)s]")
     add("--momentum", type=number(0, 0.9999), metavar="X", help="of SGD [%(default)s]")
     add("--nesterov", action="store_true", help="use Nesterov's momentum in SGD")
-    add("--weight_decay", type=number(0, 10), metavar="X", help="[%(default)s]")
+    add("--weight_decay", type=number(0, 10), metavar="X", help="L2 penalty [%(default)s]")
     add(
         "--scheduler",
         choices=("none", "multistep", "cosine", "onecycle"),
@@ -122,7 +123,7 @@ def add_optimisation_flags(parser: Parser, **recipe) -> None:
         metavar="X",
         help="where multistep drops the rate, as fractions of the run [0.5 0.8]",
     )
-    add("--gamma", type=number(0, 1, above=True), metavar="X", help="of each drop [%(default)s]")
+    add("--gamma", type=number(0, 1, above=True), metavar="X", help="factor of each [%(default)s]")
     parser.set_defaults(batch_size=128, momentum=0.9, milestones=[0.5, 0.8], gamma=0.1, **recipe)
 
 

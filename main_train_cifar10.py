@@ -36,7 +36,7 @@ from plots import plot_run
 # The published recipe, and the demo's.
 RECIPE = dict(epochs=50, lr=0.05, optimizer="sgd", weight_decay=5e-4, scheduler="multistep")
 DEMO = dict(
-    epochs=10,
+    epochs=8,
     stem="imagenet",
     teacher_weights="runs/demo/teacher_cifar10_finetuned.pth",
     output=Path("runs/demo/student_cifar10_kd.pth"),
@@ -111,8 +111,8 @@ def main(args: Namespace) -> None:
     student = build_model("resnet18", args.stem, len(test_set.classes)).to(device)
     teacher, teacher_sha256 = load_teacher(args, test_set.classes)
     teacher = teacher.to(device).eval().requires_grad_(False)
-    teacher_test = evaluate(teacher, test_loader, amp)
-    print(f"teacher: {args.teacher_weights}, {teacher_test['accuracy']:.2f} % on the real test set")
+    accuracy = evaluate(teacher, test_loader, amp)["accuracy"]
+    print(f"teacher: {args.teacher_weights}, {accuracy:.2f} % on the real test set", flush=True)
     optimizer = build_optimizer(student, args)
     scheduler = build_scheduler(optimizer, args, args.epochs * len(train_loader))
 
@@ -129,7 +129,7 @@ def main(args: Namespace) -> None:
         "test_images": len(test_set),
         "teacher_sha256": teacher_sha256,
     }
-    run = Run(args, "student", identity, teacher_accuracy=teacher_test["accuracy"])
+    run = Run(args, "student", identity, teacher_accuracy=accuracy)
     first_epoch = run.restore(student, optimizer, scheduler)
     progress = Progress(first_epoch, args.epochs, len(train_loader) * args.batch_size)
     for epoch in range(first_epoch, args.epochs + 1):

@@ -27,16 +27,16 @@ def draw(style: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     real = style == "real"
 
     def uniform(low: float, high: float, channels: int = 1) -> np.ndarray:
-        return rng.uniform(low, high, (count, channels, 1, 1))
+        return rng.uniform(low, high, (count, channels, 1, 1)).astype(np.float32)
 
     # the pixel grid as each shape sees it: shifted, turned, and in units of its radius
-    y, x = np.mgrid[:SIZE, :SIZE] - (SIZE - 1) / 2
+    y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32) - (SIZE - 1) / 2
     shift, turn, smallest = (6, 0.5, 7) if real else (3, 0.3, 8)
     dx, dy = x - uniform(-shift, shift), y - uniform(-shift, shift)
     angle, radius = uniform(-turn, turn), uniform(smallest, 11)
     u = (np.cos(angle) * dx + np.sin(angle) * dy) / radius
     v = (np.cos(angle) * dy - np.sin(angle) * dx) / radius
-    distance = np.empty((count, 1, SIZE, SIZE))
+    distance = np.empty((count, 1, SIZE, SIZE), np.float32)
     for label, shape in enumerate(SHAPES):
         distance[labels == label] = _distance(shape, u[labels == label], v[labels == label])
     inside = 1 / (1 + np.exp((distance * radius / 0.4).clip(-30, 30)))  # from 1 to 0 over a pixel
@@ -53,7 +53,7 @@ def draw(style: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         blob = np.exp(-((x - uniform(-14, 14)) ** 2 + (y - uniform(-14, 14)) ** 2) / uniform(4, 10))
         images += (uniform(0, 1, 3) - images) * blob
         images *= 1 + 0.02 * (uniform(-1, 1) * x + uniform(-1, 1) * y)
-    images += rng.normal(0, 0.07 if real else 0.02, images.shape)
+    images += (0.07 if real else 0.02) * rng.standard_normal(images.shape, np.float32)
     return (255 * images.clip(0, 1)).round().astype(np.uint8), labels
 
 

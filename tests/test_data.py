@@ -295,7 +295,7 @@ def test_a_batch_larger_than_the_data_is_refused():
 
 
 def test_the_demo_set_is_the_same_every_time_and_balanced():
-    for part, count in (("train", 4000), ("test", 1000), ("synthetic", 4000)):
+    for part, count in (("train", 3000), ("test", 1000), ("synthetic", 3000)):
         one, two = data.load_demo(part), data.load_demo(part)
         assert torch.equal(one.images, two.images)
         assert one.images.shape == (count, 3, 32, 32)

@@ -177,8 +177,9 @@ def test_everything_is_a_process_too(workdir):
     assert (teacher.returncode, teacher.stderr) == (0, "")
     lines = teacher.stdout.splitlines()
     assert lines[0] == "start: random weights"
-    assert [line.split()[:2] for line in lines[1:3]] == [["epoch", "1/2"], ["epoch", "2/2"]]
-    assert [line.split()[0] for line in lines[3:6]] == ["final", "best", "time"]
+    assert lines[1] == "run: runs/demo/teacher-001 (after a stop: --resume runs/demo/teacher-001)"
+    assert [line.split()[:2] for line in lines[2:4]] == [["epoch", "1/2"], ["epoch", "2/2"]]
+    assert [line.split()[0] for line in lines[4:7]] == ["final", "best", "time"]
     student = python(REPOSITORY / "main_train_cifar10.py", *TINY)
     assert (student.returncode, student.stderr) == (0, "")
     overlay = python(REPOSITORY / "plots.py", "runs/demo/teacher-001", "runs/demo/student-001")

@@ -1,0 +1,65 @@
+"""The real CIFAR-10 and CIFAKE, in the folder that DMKD_DATA names; skipped where it is unset."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import fine_tune_teacher_cifar10 as teacher_script
+import main_train_cifar10 as student_script
+from data import ImageSet, load_cifake, load_cifar10
+from models import read_weights
+
+
+def statistics(images: ImageSet) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each channel, over all pixels, in units of 0 to 255."""
+    pixels = images.images.transpose(0, 1).reshape(3, -1).double()
+    return pixels.mean(1), pixels.std(1, correction=0)
+
+
+@pytest.fixture(scope="session")
+def cifake(real_data):
+    return load_cifake(real_data / "cifake_train_fake")
+
+
+def test_cifar10_is_the_original(real_data):
+    train, test = load_cifar10(real_data, train=True), load_cifar10(real_data, train=False)
+    assert (len(train), len(test)) == (50_000, 10_000)
+    assert torch.bincount(train.labels).tolist() == [5_000] * 10
+    assert torch.bincount(test.labels).tolist() == [1_000] * 10
+    assert train.labels[:6].tolist() == [6, 9, 9, 4, 1, 1]  # frog, truck, truck, deer, cars
+    mean, std = statistics(train)
+    assert mean.tolist() == pytest.approx([255 * m for m in data.MEAN], abs=0.01)
+    assert std.tolist() == pytest.approx([255 * s for s in data.STD], abs=0.01)
+
+
+def test_cifake_is_complete_and_balanced(cifake):
+    assert len(cifake) == 50_000
+    assert torch.bincount(cifake.labels).tolist() == [5_000] * 10
+    mean, std = statistics(cifake)
+    assert mean.tolist() == pytest.approx([115.4, 113.1, 99.2], abs=0.1)
+    assert std.tolist() == pytest.approx([58.2, 58.7, 68.4], abs=0.1)
+
+
+def test_both_decoders_agree_on_real_jpegs(real_data, cifake, monkeypatch):
+    if data.decode_image is None:
+        pytest.skip("this torchvision has no decoder")
+    monkeypatch.setattr(data, "decode_image", None)
+    by_pillow = load_cifake(real_data / "cifake_train_fake", limit=2_000)
+    assert torch.equal(by_pillow.images, cifake.images[:2_000])
+
+
+def test_a_short_epoch_of_each_script_learns_something(real_data, workdir):
+    common = "--stem imagenet --epochs 2 --limit 2560 --batch_size 64 --device cpu".split()
+    common += ["--data_dir", str(real_data)]
+    teacher_script.main(teacher_script.parse_args([*common, "--init", "random"]))
+    teacher = read_weights("teacher_cifar10_finetuned.pth")[1]["provenance"]
+    assert teacher["test_accuracy"] > 20
+
+    fake = real_data / "cifake_train_fake"
+    student_script.main(student_script.parse_args([*common, "--synthetic_data_dir", str(fake)]))
+    student = read_weights("student_cifar10_kd.pth")[1]["provenance"]
+    assert student["test_accuracy"] > 12
+    rows = Path("runs/student-001/metrics.csv").read_text().splitlines()
+    assert len(rows) == 3
