@@ -110,7 +110,7 @@ class Malice:
 
 
 def test_a_pickle_that_would_run_code_does_not_run(workdir):
-    (workdir / "model.pth").write_bytes(pickle.dumps(Malice()))
+    (workdir / "model.pth").write_bytes(pickle.dumps(Malice(), protocol=2))
     torch.save({"model": Malice()}, workdir / "model.pt")
     for name in ("model.pth", "model.pt"):
         with pytest.raises(UserError, match="not a weight file that is safe to load"):
