@@ -6,7 +6,9 @@
 flipped and normalised there. No worker processes; an epoch copies four index vectors to the device.
 """
 
+import functools
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -123,7 +125,7 @@ def cifake_label(name: str) -> int:
 
     'NNNN.jpg' is class 0, airplane; 'NNNN (k).jpg' is class k - 1, for k from 2 to 10.
     """
-    match = re.fullmatch(r"\d+(?: \((\d+)\))?", Path(name).stem, re.ASCII)
+    match = re.fullmatch(r"\d+(?: \((\d+)\))?", os.path.splitext(name)[0], re.ASCII)
     if match is None:
         raise ValueError("its name is neither 'NNNN' nor 'NNNN (k)'")
     if match[1] is None:
@@ -139,27 +141,27 @@ def load_cifake(folder: str | Path, limit: int | None = None) -> ImageSet:
     Files end in .jpg, .jpeg or .png, in any case, and are named as `cifake_label` expects. Nothing
     but hidden files is passed over. Errors: UserError that names the file.
     """
-    folder = Path(folder)
-    paths = []
-    if folder.is_dir():
-        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    if not paths:
+    names = []
+    if os.path.isdir(folder):
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    if not names:
         raise UserError(
             f"there are no synthetic images in {folder}: {CIFAKE_BY_HAND.format(folder=folder)}; "
             "or `pip install kagglehub` and add --download_synthetic; --demo needs no data"
         )
     labels = []
-    for path in paths:
-        if path.suffix.lower() not in (".jpg", ".jpeg", ".png"):
+    for name in names:
+        path = os.path.join(folder, name)
+        if not name.lower().endswith((".jpg", ".jpeg", ".png")):
             raise UserError(f"{path}: not a .jpg, .jpeg or .png file")
         try:
-            labels.append(cifake_label(path.name))
+            labels.append(cifake_label(name))
         except ValueError as error:
             raise UserError(f"{path}: {error}") from error
-    paths = paths[:limit]
-    images = torch.empty((len(paths), 3, 32, 32), dtype=torch.uint8)
-    for i, path in enumerate(paths):
-        images[i] = load_image(path)
+    names = names[:limit]
+    images = torch.empty((len(names), 3, 32, 32), dtype=torch.uint8)
+    for i, name in enumerate(names):
+        images[i] = load_image(os.path.join(folder, name))
     return ImageSet(images, torch.tensor(labels[:limit]), CLASSES)
 
 
@@ -220,10 +222,16 @@ def load_demo(part: str) -> ImageSet:
 
 def normalize(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) -> float32 in channels-last, standardised with `MEAN` and `STD`."""
-    mean = 255 * torch.tensor(MEAN, device=images.device).view(3, 1, 1)
-    std = 255 * torch.tensor(STD, device=images.device).view(3, 1, 1)
+    mean, std = _statistics(images.device)
     images = images.to(torch.float32, memory_format=torch.channels_last)
     return images.sub_(mean).div_(std)
+
+
+@functools.cache  # a copy from the host in every batch would wait for the device
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # whoever asks first, the others may use them in training
+        mean, std = 255 * torch.tensor([MEAN, STD], device=device).view(2, 3, 1, 1)
+    return mean, std
 
 
 def augment(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, padding: int = 4) -> Tensor:

@@ -103,7 +103,13 @@ class Run:
                     raise UserError(f"{self.folder} cannot go on: {key} was {was}, now {value}")
         else:
             self.folder = _new_folder(args.run_dir, f"demo/{kind}" if args.demo else kind)
-            self.config = {"kind": kind, **_surroundings(), **identity, **notes, "args": vars(args)}
+            self.config = {
+                "kind": kind,
+                **_surroundings(args),
+                **identity,
+                **notes,
+                "args": vars(args),
+            }
             with replacing(self.folder / "config.json") as file:
                 file.write((json.dumps(self.config, indent=2, default=str) + "\n").encode())
         print(f"run: {self.folder} (after a stop: --resume {self.folder})", flush=True)
@@ -203,7 +209,7 @@ def _new_folder(run_dir: Path | None, name: str) -> Path:
     return run_dir
 
 
-def _surroundings() -> dict:
+def _surroundings(args: Namespace) -> dict:
     git = "git describe --always --dirty --abbrev=12 --exclude=*".split()
     try:
         here = Path(__file__).parent
@@ -211,7 +217,9 @@ def _surroundings() -> dict:
         commit = done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git here, or a copy without its history
         commit = None
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    hardware = f"CPU, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available() and args.device != "cpu":
+        hardware = torch.cuda.get_device_name(None if args.device == "auto" else args.device)
     return {
         "command": shlex.join(["python", *sys.argv]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -219,7 +227,7 @@ def _surroundings() -> dict:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "torchvision": str(torchvision.__version__),
-        "hardware": gpu or f"{os.cpu_count()} CPU cores",
+        "hardware": hardware,
     }
 
 

@@ -25,8 +25,8 @@ from models import read_weights
 
 
 def flags(**changes) -> Namespace:
-    given = {"demo": False, "run_dir": None, "resume": None, "output": Path("out.pth"), **changes}
-    return Namespace(**given)
+    given = {"demo": False, "run_dir": None, "resume": None, "output": Path("out.pth")}
+    return Namespace(**{**given, "device": "cpu", **changes})
 
 
 def row(epoch: int, accuracy: float, loss: float = 1.0) -> dict[str, float]:
