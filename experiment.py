@@ -118,7 +118,7 @@ class Run:
         """Load `last.pt`, if there is one yet; returns the epoch to train next, counted from 1."""
         path = self.folder / "last.pt"
         if path.exists():
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load(path)
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             scheduler.load_state_dict(state["scheduler"])
@@ -249,6 +249,20 @@ def save(path: Path, state: dict) -> None:
     """`torch.save`, through `replacing`."""
     with replacing(path) as file:
         torch.save(state, file)
+
+
+def load(path: str | Path) -> dict:
+    """Load on the CPU what `save` wrote, without ever running code from it. Errors: UserError."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no weight file {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises nearly anything on a broken or hostile file
+        kind = type(error).__name__
+        raise UserError(f"{path} is not a weight file that is safe to load ({kind})") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds no network: there is no state dict in it")
+    return state
 
 
 # -------------------------------------------------------------------------------------- the screen

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, resnet18
 
-from experiment import UserError
+from experiment import UserError, load
 
 ARCHITECTURES = {"resnet18": resnet18}
 STEMS = ("cifar", "imagenet")
@@ -50,15 +50,10 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
     The file is one of our checkpoints, or a bare state dict, which says nothing of itself.
     """
-    if not Path(path).is_file():
-        raise UserError(f"there is no weight file {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises nearly anything on a broken or hostile file
-        kind = type(error).__name__
-        raise UserError(f"{path} is not a weight file that is safe to load ({kind})") from error
-    weights = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+    checkpoint = load(path)
+    weights = checkpoint.get("model", checkpoint)
+    named = isinstance(weights, dict) and all(isinstance(key, str) for key in weights)
+    if not named or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{path} holds no network: there is no state dict in it")
     return weights, {} if weights is checkpoint else checkpoint
 
@@ -71,14 +66,18 @@ def load_model(path: str | Path, **expected: str | int | list[str]) -> nn.Module
     Errors: UserError, which says what was expected and what was found.
     """
     weights, said = read_weights(path)
-    found = {**_spec_from_shapes(weights), **said}
+    shapes = _spec_from_shapes(weights)
+    found = {**shapes, **said}
     for key, value in expected.items():
         if found.get(key, value) != value:
             raise UserError(f"{path}: expected {key} {value}, found {found[key]}")
-    if found["arch"] not in ARCHITECTURES or found["stem"] not in STEMS:
-        network = f"{found['arch']} with the {found['stem']} stem"
+    if shapes["arch"] not in ARCHITECTURES or shapes["stem"] not in STEMS:
+        network = "{arch} with the {stem} stem".format(**shapes)
         raise UserError(f"{path}: expected one of {', '.join(ARCHITECTURES)}, found {network}")
-    model = build_model(found["arch"], found["stem"], len(weights["fc.bias"]))
+    for key, value in shapes.items():
+        if found[key] != value:
+            raise UserError(f"{path} says that its {key} is {found[key]}, but it is {value}")
+    model = build_model(**shapes)
     _load_exactly(model, weights, path)
     return model.eval()
 
