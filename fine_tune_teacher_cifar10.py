@@ -48,10 +48,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         "--init",
         default="imagenet",
         metavar="START",
-        help=(
-            "imagenet: torchvision's IMAGENET1K_V1; random; or the path of a weight file for "
-            "torchvision's ResNet18 [%(default)s]"
-        ),
+        help="imagenet: torchvision's IMAGENET1K_V1; random; or the path of a weight file for "
+        "torchvision's ResNet18 [%(default)s]",
     )
     flags.add_optimisation_flags(parser, **RECIPE)
     flags.add_run_flags(parser, "teacher", "teacher_cifar10_finetuned.pth")
@@ -65,10 +63,8 @@ def main(args: Namespace) -> None:
     if args.demo:
         train_set, test_set = load_demo("train"), load_demo("test")
     else:
-        train_set, test_set = (
-            load_cifar10(args.data_dir, train=True),
-            load_cifar10(args.data_dir, train=False),
-        )
+        train_set = load_cifar10(args.data_dir, train=True)
+        test_set = load_cifar10(args.data_dir, train=False)
     train_set, test_set = train_set.first(args.limit), test_set.first(args.limit)
     train_loader = DeviceLoader(train_set, args.batch_size, device, train=True)
     test_loader = DeviceLoader(test_set, TEST_BATCH_SIZE, device, train=False)

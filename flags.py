@@ -166,6 +166,8 @@ def parse(parser: Parser, argv: Sequence[str] | None, kind: str, demo: dict) -> 
     if args.demo:
         parser.set_defaults(**demo)
         args = parser.parse_args(argv)
+    if args.nesterov and args.momentum == 0:
+        parser.error("--nesterov needs a --momentum above 0")
     if args.resume is None:
         return args
     if args.run_dir is not None:

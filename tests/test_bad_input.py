@@ -47,6 +47,7 @@ BAD_FLAGS = [
     (["--lr", "inf"], "--lr: 'inf' is no number"),
     (["--lr", "fast"], "--lr: 'fast' is no number"),
     (["--momentum", "1"], "--momentum: '1' is no number from 0 to 0.9999"),
+    (["--momentum", "0", "--nesterov"], "--nesterov needs a --momentum above 0"),
     (["--weight_decay", "-1"], "--weight_decay: '-1' is no number from 0"),
     (["--milestones", "0.5", "25"], "--milestones: '25' is no number above 0 to 1"),
     (["--gamma", "0"], "--gamma: '0' is no number above 0 to 1"),
