@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from experiment import UserError, one_line_errors
 
 Metrics = dict[str, list[float]]
-# What was trained is told by the fourth column of the CSV: (its meaning, training loss, unit).
+# What was trained is told by a column of the CSV. Its meaning, and the training loss beside it:
 KINDS = {
     "train_agreement": (
         "agreement with the teacher, synthetic images",
@@ -44,7 +44,8 @@ def read_metrics(folder: str | Path) -> Metrics:
         with open(path, newline="") as file:
             rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
         metrics = {key: [row[key] for row in rows] for key in rows[0]}
-        if not {"epoch", "train_loss", "test_loss", "test_accuracy"} <= metrics.keys():
+        needed = {"epoch", "train_loss", "test_loss", "test_accuracy"}
+        if not needed <= metrics.keys() or not KINDS.keys() & metrics.keys():
             raise KeyError
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise UserError(f"{path} is not the metrics.csv of a run") from error
@@ -65,16 +66,17 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path) -> None:
 
 
 def _draw_losses(runs: dict[str, Metrics], path: Path) -> None:
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    train, test = figure.subplots(1, 2)
-    for name, metrics in runs.items():
-        train.plot(metrics["epoch"], metrics["train_loss"], ".-", label=name)
-        test.plot(metrics["epoch"], metrics["test_loss"], ".-", label=name)
-    kinds = {_kind(metrics) for metrics in runs.values()}
-    _, title, unit = KINDS.get(
-        kinds.pop() if len(kinds) == 1 else None, ("", "Training loss", "nats")
-    )
-    _finish(train, title, unit)
+    # a KD loss and a cross-entropy are different measures: each has a panel of its own
+    kinds = [kind for kind in KINDS if kind in map(_kind, runs.values())]
+    figure = Figure(figsize=(5 * len(kinds) + 5, 4), layout="constrained")
+    *panels, test = figure.subplots(1, len(kinds) + 1)
+    for color, (name, metrics) in enumerate(runs.items()):
+        style = {"color": f"C{color}", "label": name}
+        train = panels[kinds.index(_kind(metrics))]
+        train.plot(metrics["epoch"], metrics["train_loss"], ".-", **style)
+        test.plot(metrics["epoch"], metrics["test_loss"], ".-", **style)
+    for panel, kind in zip(panels, kinds, strict=True):
+        _finish(panel, *KINDS[kind][1:])
     _finish(test, "Test: cross-entropy on real images", "cross-entropy, nats")
     _save(figure, path)
 
@@ -82,17 +84,16 @@ def _draw_losses(runs: dict[str, Metrics], path: Path) -> None:
 def _draw_accuracy(runs: dict[str, Metrics], path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, metrics in runs.items():
+    for color, (name, metrics) in enumerate(runs.items()):
         epochs, accuracy = metrics["epoch"], metrics["test_accuracy"]
         best = accuracy.index(max(accuracy))
-        label = f"last {accuracy[-1]:.2f} %, best {accuracy[best]:.2f} % (epoch {epochs[best]:.0f})"
         what = "real test set" if len(runs) == 1 else name
-        (line,) = axes.plot(epochs, accuracy, ".-", label=f"{what}: {label}", zorder=3)
-        axes.plot(epochs[best], accuracy[best], "o", ms=10, mfc="none", mec=line.get_color())
+        label = f"last {accuracy[-1]:.2f} %, best {accuracy[best]:.2f} % (epoch {epochs[best]:.0f})"
+        axes.plot(epochs, accuracy, ".-", color=f"C{color}", label=f"{what}: {label}", zorder=3)
+        axes.plot(epochs[best], accuracy[best], "o", color=f"C{color}", ms=10, fillstyle="none")
     if len(runs) == 1:
         kind, teacher = _kind(metrics), _teacher_accuracy(name)
-        if kind:
-            axes.plot(epochs, metrics[kind], ".-", color="0.7", label=KINDS[kind][0])
+        axes.plot(epochs, metrics[kind], ".-", color="0.7", label=KINDS[kind][0])
         if teacher is not None:
             label = f"the teacher on the real test set: {teacher:.2f} %"
             axes.axhline(teacher, color="0.4", linestyle="--", label=label)
@@ -100,8 +101,8 @@ def _draw_accuracy(runs: dict[str, Metrics], path: Path) -> None:
     _save(figure, path)
 
 
-def _kind(metrics: Metrics) -> str | None:
-    return next((column for column in KINDS if column in metrics), None)
+def _kind(metrics: Metrics) -> str:
+    return next(column for column in KINDS if column in metrics)
 
 
 def _teacher_accuracy(folder: str) -> float | None:

@@ -87,6 +87,18 @@ def test_several_runs_are_overlaid_under_their_names(tmp_path, figures):
         assert str(runs[1]) in texts(figures[name])
 
 
+def test_a_teacher_and_a_student_share_no_axis_of_training_losses(tmp_path, figures):
+    runs = [made_run(tmp_path / "student"), made_run(tmp_path / "teacher", "train_accuracy")]
+    plot_runs(runs, tmp_path / "both")
+    kd, cross_entropy, test = figures["train_val_losses.png"].axes
+    assert [len(axes.lines) for axes in (kd, cross_entropy, test)] == [1, 1, 2]
+    assert "KD loss" in kd.get_title()
+    assert "cross-entropy on real" in cross_entropy.get_title()
+    assert kd.lines[0].get_color() != cross_entropy.lines[0].get_color()
+    assert {line.get_color() for line in test.lines} == {"C0", "C1"}
+    assert {line.get_color() for line in figures["val_accuracy.png"].axes[0].lines} == {"C0", "C1"}
+
+
 def test_the_command_redraws_or_overlays(workdir, capsys):
     made_run(workdir / "one")
     made_run(workdir / "two", "train_accuracy")

@@ -194,3 +194,12 @@ def test_everything_is_a_process_too(workdir):
     assert missing.returncode == 1
     assert missing.stderr.startswith("error: no teacher at no.pth: make one with")
     assert len(missing.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+def test_both_scripts_run_on_cuda(workdir):
+    run_teacher("--device", "cuda")
+    run_student("--device", "cuda")
+    config = json.loads(Path("runs/demo/student-001/config.json").read_text())
+    assert config["hardware"] == torch.cuda.get_device_name()
+    assert 0 <= float(metrics(Path("runs/demo/student-001"))[-1]["test_accuracy"]) <= 100
