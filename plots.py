@@ -78,7 +78,7 @@ def _draw_losses(runs: dict[str, Metrics], path: Path) -> None:
     for panel, kind in zip(panels, kinds, strict=True):
         _finish(panel, *KINDS[kind][1:])
     _finish(test, "Test: cross-entropy on real images", "cross-entropy, nats")
-    _save(figure, path)
+    _save(figure, test, path)
 
 
 def _draw_accuracy(runs: dict[str, Metrics], path: Path) -> None:
@@ -98,7 +98,7 @@ def _draw_accuracy(runs: dict[str, Metrics], path: Path) -> None:
             label = f"the teacher on the real test set: {teacher:.2f} %"
             axes.axhline(teacher, color="0.4", linestyle="--", label=label)
     _finish(axes, "Accuracy after each epoch (circle: the best, picked on the test set)", "percent")
-    _save(figure, path)
+    _save(figure, axes, path)
 
 
 def _kind(metrics: Metrics) -> str:
@@ -116,10 +116,10 @@ def _finish(axes: Axes, title: str, unit: str) -> None:
     axes.set(title=title, xlabel="epoch", ylabel=unit)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    axes.legend()
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, named: Axes, path: Path) -> None:
+    figure.legend(*named.get_legend_handles_labels(), loc="outside lower center")
     beside = path.with_name(path.name + ".tmp")  # whoever watches a run never sees half a picture
     figure.savefig(beside, format="png", dpi=120)
     os.replace(beside, path)

@@ -14,7 +14,7 @@ python main_train_cifar10.py --demo --teacher_weights "$demo/teacher.pth" \
 echo "== the control: a student of an untrained teacher"
 python main_train_cifar10.py --demo --teacher_weights random \
     --run_dir "$demo/control" --output "$demo/control.pth"
-python plots.py "$demo/teacher" "$demo/student" "$demo/control" --output "$demo" > "$demo/plots.txt"
+python plots.py "$demo/teacher" "$demo/student" "$demo/control" --output "$demo" > /dev/null
 
 last() { tail -n 1 "$demo/$1/metrics.csv" | cut -d, -f6; } # column 6: test_accuracy
 echo

@@ -20,7 +20,7 @@ def texts(figure):
     words = []
     for axes in figure.axes:
         words += [axes.get_title(), axes.get_xlabel(), axes.get_ylabel()]
-        words += [text.get_text() for text in axes.get_legend().get_texts()]
+    words += [text.get_text() for legend in figure.legends for text in legend.get_texts()]
     return " | ".join(words)
 
 
@@ -30,7 +30,9 @@ def figures(monkeypatch):
     saved = {}
     save = plots._save
     monkeypatch.setattr(
-        plots, "_save", lambda figure, path: (saved.update({path.name: figure}), save(figure, path))
+        plots,
+        "_save",
+        lambda figure, axes, path: (saved.update({path.name: figure}), save(figure, axes, path)),
     )
     return saved
 
