@@ -89,9 +89,14 @@ def load_cifar10(data_dir: str | Path, train: bool) -> ImageSet:
     if python.is_dir():
         for name, md5 in CIFAR10.train_list if train else CIFAR10.test_list:
             _read_checked(python / name, md5)
+    new = not Path(data_dir).exists()
     try:
         cifar10 = CIFAR10(data_dir, train, download=not python.is_dir())
     except (OSError, RuntimeError) as error:
+        if python.is_dir():
+            raise UserError(f"{python} is not complete: {error}") from error
+        if new and Path(data_dir).is_dir() and not any(Path(data_dir).iterdir()):
+            Path(data_dir).rmdir()  # torchvision made it
         raise UserError(
             f"CIFAR-10 is neither in {binary} nor in {python}, and downloading it failed: {error}; "
             "the README says where to get it, and --demo needs no data"
@@ -172,9 +177,13 @@ def load_image(path: str | Path) -> Tensor:
             image = decode_image(str(path), ImageReadMode.RGB)  # (3, H, W)
         else:  # the same pixels, for all of CIFAKE
             with Image.open(path) as picture:
+                if picture.mode.startswith("I"):
+                    raise UserError(f"{path}: not a still image of 8 bits a channel")
                 image = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
     except (RuntimeError, OSError) as error:
         raise UserError(f"{path}: not an image that can be read") from error
+    if image.dtype != torch.uint8 or image.ndim != 3:  # 16 bits a channel, or an animation
+        raise UserError(f"{path}: not a still image of 8 bits a channel")
     return image if image.shape[1:] == (32, 32) else resize(image, [32, 32], antialias=True)
 
 

@@ -1,7 +1,7 @@
 """The inner loops, the losses and the schedules. Nothing here prints, or knows of files.
 
-The loops return plain dicts of floats. Sums are kept on the device: there is one synchronisation an
-epoch, where they are read.
+The loops return plain dicts of floats. Sums are kept on the device and read when an epoch ends: the
+only places that wait for the device.
 """
 
 import math
@@ -67,7 +67,7 @@ def train_one_epoch(
         hit_sum += hits.sum()
         if on_batch is not None:
             on_batch(len(images), loss.detach())
-    loss, hits = loss_sum.item() / count, 100 * hit_sum.item() / count  # the one synchronisation
+    loss, hits = loss_sum.item() / count, 100 * hit_sum.item() / count  # waits
     return {"loss": loss, "hits": hits, "images_per_second": count / (time.perf_counter() - began)}
 
 

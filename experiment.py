@@ -39,11 +39,13 @@ class UserError(Exception):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End a script on a UserError or OSError with one line on stderr and exit code 1."""
+    """End a script on what its user can put right, with one line on stderr and exit code 1."""
     try:
         yield
     except (UserError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: {str(error).splitlines()[0]} A smaller --batch_size takes less.")
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
         sys.exit(130)
@@ -52,8 +54,8 @@ def one_line_errors() -> Iterator[None]:
 def pick_device(name: str, amp: str) -> tuple[torch.device, torch.dtype | None]:
     """The device to run on, and the dtype of autocast; None stands for plain float32.
 
-    `name` is auto (CUDA where there is one), cpu, cuda or cuda:N; `amp` is auto (bfloat16 on CUDA,
-    float32 on the CPU), bf16 or off. Errors: UserError when there is no such CUDA device.
+    `name` is auto (CUDA where there is one), cpu, cuda or cuda:N; `amp` is bf16, off or auto, which
+    is bf16 on a GPU that has it in hardware. Errors: UserError when there is no such CUDA device.
     """
     count = torch.cuda.device_count()
     device = torch.device(name if name != "auto" else "cuda" if count else "cpu")
@@ -62,7 +64,9 @@ def pick_device(name: str, amp: str) -> tuple[torch.device, torch.dtype | None]:
             raise UserError(f"--device {name}: PyTorch finds {count} CUDA devices here")
         torch.backends.cudnn.benchmark = True  # faster, and why CUDA runs do not repeat bit for bit
         torch.set_float32_matmul_precision("high")
-    bf16 = amp == "bf16" or (amp == "auto" and device.type == "cuda")
+    bf16 = amp == "bf16"
+    if amp == "auto" and device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return device, torch.bfloat16 if bf16 else None
 
 
@@ -153,7 +157,11 @@ class Run:
         return max(self.history, key=lambda row: row["test_accuracy"])
 
     def finish(self, checkpoint: dict) -> None:
-        """Export the network of the last epoch to `--output`, and print what came out."""
+        """Export the network of the last epoch to `--output`, and print what came out.
+
+        A file that is already there is not lost, unless this very run has made it: it is renamed.
+        """
+        kept = None if self._made(self.output) else set_aside(self.output)
         save(self.output, {**checkpoint, "provenance": self._provenance()})
         last, best = self.history[-1], self.best
         minutes, seconds = divmod(round(sum(row["seconds"] for row in self.history)), 60)
@@ -165,6 +173,18 @@ class Run:
             f"saved  {self.output}\n"
             f"       {self.folder}/metrics.csv, train_val_losses.png, val_accuracy.png, last.pt"
         )
+        if kept:
+            print(f"kept   {kept}, the former {self.output.name}")
+
+    def _made(self, path: Path) -> bool:
+        try:
+            made_by = load(path)["provenance"]
+            return (made_by["run"], made_by["started"]) == (
+                str(self.folder),
+                self.config["started"],
+            )
+        except (UserError, KeyError, TypeError):
+            return False
 
     def _write_metrics(self) -> None:
         text = io.StringIO()
@@ -175,11 +195,9 @@ class Run:
             file.write(text.getvalue().encode())
 
     def _provenance(self) -> dict:
-        config = {
-            key: self.config.get(key) for key in ("command", "git_commit", "torch", "hardware")
-        }
+        origin = ("command", "started", "git_commit", "torch", "hardware")
         last = {key: self.history[-1][key] for key in ("epoch", "test_accuracy")}
-        return {"run": str(self.folder), **last, **config}
+        return {"run": str(self.folder), **last, **{key: self.config.get(key) for key in origin}}
 
 
 def read_config(folder: Path) -> dict:
@@ -201,10 +219,10 @@ def _new_folder(run_dir: Path | None, name: str) -> Path:
         taken = [path.name.rpartition("-")[2] for path in Path("runs").glob(f"{name}-*")]
         number = 1 + max((int(end) for end in taken if end.isdecimal()), default=0)
         run_dir = Path("runs", f"{name}-{number:03d}")
-    elif run_dir.is_dir() and any(run_dir.iterdir()):
-        raise UserError(
-            f"{run_dir} is not empty: name a new folder, or go on with --resume {run_dir}"
-        )
+        run_dir.mkdir(parents=True)  # of two runs that start at once, one ends here
+        return run_dir
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        raise UserError(f"{run_dir} is not empty: name a new folder, or --resume {run_dir}")
     run_dir.mkdir(parents=True, exist_ok=True)
     return run_dir
 
@@ -217,7 +235,8 @@ def _surroundings(args: Namespace) -> dict:
         commit = done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git here, or a copy without its history
         commit = None
-    hardware = f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    hardware = f"CPU, {threads} thread{'s' * (threads > 1)}"
     if torch.cuda.is_available() and args.device != "cpu":
         hardware = torch.cuda.get_device_name(None if args.device == "auto" else args.device)
     return {
@@ -251,6 +270,16 @@ def save(path: Path, state: dict) -> None:
         torch.save(state, file)
 
 
+def set_aside(path: Path) -> Path | None:
+    """Rename what is at `path` to name.001.pth or the next free number; None for nothing."""
+    if not path.exists():
+        return None
+    number = 1
+    while (aside := path.with_name(f"{path.stem}.{number:03d}{path.suffix}")).exists():
+        number += 1
+    return path.rename(aside)
+
+
 def load(path: str | Path) -> dict:
     """Load on the CPU what `save` wrote, without ever running code from it. Errors: UserError."""
     if not Path(path).is_file():
@@ -259,7 +288,7 @@ def load(path: str | Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises nearly anything on a broken or hostile file
         kind = type(error).__name__
-        raise UserError(f"{path} is not a weight file that is safe to load ({kind})") from error
+        raise UserError(f"{path} is not a weight file, or not a safe one ({kind})") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} holds no network: there is no state dict in it")
     return state

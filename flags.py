@@ -166,6 +166,9 @@ def parse(parser: Parser, argv: Sequence[str] | None, kind: str, demo: dict) -> 
     if args.demo:
         parser.set_defaults(**demo)
         args = parser.parse_args(argv)
+    for key in ("data_dir", "synthetic_data_dir", "download_synthetic"):
+        if args.demo and getattr(args, key, None) != parser.get_default(key):
+            parser.error(f"--demo takes no data: leave --{key} out")
     if args.nesterov and args.momentum == 0:
         parser.error("--nesterov needs a --momentum above 0")
     if args.resume is None:

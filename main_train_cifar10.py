@@ -112,7 +112,7 @@ def main(args: Namespace) -> None:
     teacher, teacher_sha256 = load_teacher(args, test_set.classes)
     teacher = teacher.to(device).eval().requires_grad_(False)
     accuracy = evaluate(teacher, test_loader, amp)["accuracy"]
-    print(f"teacher: {args.teacher_weights}, {accuracy:.2f} % on the real test set", flush=True)
+    print(f"teacher: {accuracy:.2f} % on {len(test_set):,} real test images", flush=True)
     optimizer = build_optimizer(student, args)
     scheduler = build_scheduler(optimizer, args, args.epochs * len(train_loader))
 
@@ -157,7 +157,7 @@ def main(args: Namespace) -> None:
 
 
 def load_teacher(args: Namespace, classes: tuple[str, ...]) -> tuple[nn.Module, str | None]:
-    """The teacher, and the checksum of its file, which has to stay the same while a run goes on."""
+    """The teacher, and a checksum of its weights: a run has to go on with the same."""
     stem = args.teacher_stem or args.stem
     if args.teacher_weights == "random":
         return build_model("resnet18", stem, len(classes)), None
@@ -169,7 +169,10 @@ def load_teacher(args: Namespace, classes: tuple[str, ...]) -> tuple[nn.Module, 
     teacher = load_model(
         path, arch="resnet18", stem=stem, num_classes=len(classes), classes=list(classes)
     )
-    return teacher, hashlib.sha256(path.read_bytes()).hexdigest()
+    checksum = hashlib.sha256()
+    for key, value in sorted(teacher.state_dict().items()):
+        checksum.update(key.encode() + value.contiguous().numpy().tobytes())
+    return teacher, checksum.hexdigest()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+import flags
 from experiment import UserError, one_line_errors
 
 Metrics = dict[str, list[float]]
@@ -114,7 +115,7 @@ def _teacher_accuracy(folder: str) -> float | None:
 
 def _finish(axes: Axes, title: str, unit: str) -> None:
     axes.set(title=title, xlabel="epoch", ylabel=unit)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
 
 
@@ -126,11 +127,7 @@ def _save(figure: Figure, named: Axes, path: Path) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = flags.Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder with a metrics.csv")
     parser.add_argument(
         "--output",

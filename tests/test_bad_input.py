@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.datasets import CIFAR10
 from torchvision.models import resnet34
 
 import data
@@ -59,6 +60,7 @@ BAD_FLAGS = [
     (["--device", "meta"], "--device: 'meta' is none of auto, cpu, cuda and cuda:N"),
     (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
     (["--run_dir"], "--run_dir: expected one argument"),
+    (["--data_dir", "mine"], "--demo takes no data: leave --data_dir out"),
 ]
 
 
@@ -128,7 +130,7 @@ def test_teachers(student, workdir):
     student("no teacher at nobody.pth: make one with", teacher_weights="nobody.pth")
     student("no teacher at data: make one with", teacher_weights="data")
     (workdir / "text.pth").write_text("I am a teacher")
-    student("text.pth is not a weight file that is safe to load", teacher_weights="text.pth")
+    student("text.pth is not a weight file, or not a safe one", teacher_weights="text.pth")
     student("expected stem cifar, found imagenet", stem="cifar")
     student("expected stem cifar, found imagenet", teacher_stem="cifar")
     torch.save(to_checkpoint(build_model("resnet18", "imagenet", 100), data.CLASSES), "c100.pth")
@@ -145,6 +147,18 @@ def test_cifar10(student, cifar10_binary, workdir):
     student("test_batch.bin is not the original file of CIFAR-10")
     path.unlink()
     student("test_batch.bin")
+
+
+def test_cifar10_that_is_not_there(student, monkeypatch):
+    def offline(self):
+        Path("typo").mkdir(exist_ok=True)  # as torchvision does
+        raise OSError("no network")
+
+    monkeypatch.setattr(CIFAR10, "download", offline)
+    student("downloading it failed: no network", data_dir="typo")
+    assert not Path("typo").exists()
+    Path("typo/cifar-10-batches-py").mkdir(parents=True)
+    student("typo/cifar-10-batches-py", data_dir="typo")
 
 
 def test_outputs(student, workdir):

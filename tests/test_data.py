@@ -81,6 +81,16 @@ def test_every_extension_size_and_mode_is_taken(decoder, tmp_path, monkeypatch):
         assert (image.int() - torch.tensor(colour).view(3, 1, 1)).abs().max() <= 3
 
 
+@pytest.mark.parametrize("decoder", ["torchvision", "Pillow"])
+def test_sixteen_bits_are_not_taken_for_eight(decoder, tmp_path, monkeypatch):
+    if decoder == "Pillow":
+        monkeypatch.setattr(data, "decode_image", None)
+    deep = np.linspace(0, 65535, 1024).astype(np.uint16).reshape(32, 32)
+    Image.fromarray(deep).save(tmp_path / "1.png")
+    with pytest.raises(UserError, match=r"1\.png: not a still image of 8 bits a channel"):
+        load_cifake(tmp_path)
+
+
 def test_both_decoders_give_the_same_pixels(cifake, monkeypatch):
     if data.decode_image is None:
         pytest.skip("this torchvision has no decoder")

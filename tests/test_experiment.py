@@ -170,6 +170,20 @@ def test_the_end_exports_the_last_epoch_and_says_so(workdir, capsys):
     assert facts["provenance"]["test_accuracy"] == 65.5
 
 
+def test_what_is_in_the_way_of_the_output_is_kept(workdir, capsys):
+    model, optimizer, scheduler = parts()
+    Path("notes.txt").write_text("years of work")
+    for _ in range(2):
+        run = Run(flags(output=Path("notes.txt")), "student", {})
+        run.record(row(1, 70.0), checkpoint(model), optimizer, scheduler)
+        run.finish(checkpoint(model))
+        run.finish(checkpoint(model))  # its own file is replaced
+    assert Path("notes.001.txt").read_text() == "years of work"
+    provenance = [read_weights(f)[1]["provenance"]["run"] for f in ("notes.002.txt", "notes.txt")]
+    assert provenance == ["runs/student-001", "runs/student-002"]
+    assert "kept   notes.001.txt, the former notes.txt" in capsys.readouterr().out
+
+
 def test_a_write_that_fails_leaves_the_old_file_and_no_litter(workdir):
     path = workdir / "file"
     path.write_text("old")
@@ -204,11 +218,14 @@ def test_the_device_is_the_best_there_is(monkeypatch):
     assert pick_device("cpu", "bf16")[1] == torch.bfloat16
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert pick_device("auto", "auto")[0].type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     with pytest.raises(UserError, match="--device cuda: PyTorch finds 0 CUDA devices"):
         pick_device("cuda", "auto")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     device, amp = pick_device("auto", "auto")
     assert (device.type, amp) == ("cuda", torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert pick_device("auto", "auto")[1] is None
     with pytest.raises(UserError, match="--device cuda:1: PyTorch finds 1 CUDA devices"):
         pick_device("cuda:1", "auto")
 
@@ -218,6 +235,7 @@ def test_the_device_is_the_best_there_is(monkeypatch):
     [
         (UserError("two\nlines"), "error: two lines"),
         (OSError("full"), "error: full"),
+        (torch.OutOfMemoryError("Out.\nA"), "error: Out. A smaller --batch_size takes less."),
         (KeyboardInterrupt(), 130),
     ],
 )

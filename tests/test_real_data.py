@@ -37,6 +37,7 @@ def test_cifar10_is_the_original(real_data):
 def test_cifake_is_complete_and_balanced(cifake):
     assert len(cifake) == 50_000
     assert torch.bincount(cifake.labels).tolist() == [5_000] * 10
+    assert len({image.numpy().tobytes() for image in cifake.images}) == 49_080
     mean, std = statistics(cifake)
     assert mean.tolist() == pytest.approx([115.4, 113.1, 99.2], abs=0.1)
     assert std.tolist() == pytest.approx([58.2, 58.7, 68.4], abs=0.1)
