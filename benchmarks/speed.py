@@ -1,0 +1,366 @@
+"""How fast a KD epoch is, beside the ordinary way to write one, measured in turn in the same run.
+
+    python benchmarks/speed.py --quick    # under three minutes on two CPU cores
+    python benchmarks/speed.py            # the full sizes: for a GPU
+
+"plain" is the usual tutorial: PIL decodes and torchvision's transforms augment in the two workers
+of a DataLoader, float32, channels-first, eager, `.item()` in every step. "ours" is what
+main_train_cifar10.py does, through the very same functions. Networks, data, batch size, loss and
+optimizer are the same. Each lives in a process of its own, and the two take turns epoch by epoch,
+so that a machine that slows down slows both. Ratios are taken within a turn. An epoch is training
+and a test on a fifth as many images.
+
+Prints tables; writes results/speed/DEVICE.json and DEVICE.png.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+BEGAN = time.perf_counter()
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.utils.data import DataLoader, Dataset  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from torchvision import transforms  # noqa: E402
+
+import data  # noqa: E402
+from data import TEST_BATCH_SIZE, DeviceLoader, ImageSet  # noqa: E402
+from engine import build_optimizer, build_scheduler, evaluate, kd_loss, train_one_epoch  # noqa: E402
+from experiment import one_line_errors, pick_device, replacing  # noqa: E402
+from models import STEMS, build_model  # noqa: E402
+from synthetic_data.demo_images import draw  # noqa: E402
+
+RECIPE = Namespace(
+    optimizer="sgd",
+    lr=0.05,
+    momentum=0.9,
+    nesterov=False,
+    weight_decay=5e-4,
+    scheduler="none",
+    milestones=[0.5, 0.8],
+    gamma=0.1,
+)
+TEMPERATURE = 10.0
+BATCH = 128
+EPOCH = 50_000  # what "an epoch" means in the tables, whatever was measured
+
+
+# ------------------------------------------------------------------------------------ the plain way
+
+
+class JpegFolder(Dataset):
+    def __init__(self, paths: list[Path], transform: Callable) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int):
+        return self.transform(Image.open(self.paths[i]).convert("RGB")), 0
+
+
+def plain(paths: list[Path], stem: str, device: torch.device) -> Callable[[], None]:
+    """Returns what trains and tests for one epoch."""
+    as_tensor = [transforms.ToTensor(), transforms.Normalize(data.MEAN, data.STD)]
+    augment = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
+    train_set = JpegFolder(paths, transforms.Compose(augment + as_tensor))
+    test_set = JpegFolder(paths[: len(paths) // 5], transforms.Compose(as_tensor))
+    train_loader = DataLoader(train_set, BATCH, shuffle=True, num_workers=2, drop_last=True)
+    test_loader = DataLoader(test_set, BATCH, num_workers=2)
+    student = build_model(stem=stem).to(device, memory_format=torch.contiguous_format)
+    teacher = build_model(stem=stem).to(device, memory_format=torch.contiguous_format).eval()
+    optimizer = torch.optim.SGD(student.parameters(), RECIPE.lr, 0.9, weight_decay=5e-4)
+    criterion = nn.KLDivLoss(reduction="batchmean")
+
+    def epoch() -> None:
+        student.train()
+        running_loss = 0.0
+        for images, _ in train_loader:
+            images = images.to(device)
+            with torch.no_grad():
+                teacher_logits = teacher(images)
+            logits = student(images)
+            log_p = F.log_softmax(logits / TEMPERATURE, dim=1)
+            loss = criterion(log_p, F.softmax(teacher_logits / TEMPERATURE, dim=1)) * TEMPERATURE**2
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            running_loss += loss.item()
+        student.eval()
+        correct = 0
+        with torch.no_grad():
+            for images, labels in test_loader:
+                predictions = student(images.to(device)).argmax(1)
+                correct += (predictions == labels.to(device)).sum().item()
+
+    return epoch
+
+
+# ---------------------------------------------------------------------------------- this project's
+
+
+def ours(paths: list[Path], stem: str, device: torch.device) -> Callable[[], None]:
+    """Returns what trains and tests for one epoch, built as main_train_cifar10.py builds it."""
+    _, amp = pick_device(str(device), "auto")
+    images = torch.stack([data.load_image(path) for path in paths])
+    image_set = ImageSet(images, torch.zeros(len(images), dtype=torch.int64), data.CLASSES)
+    train_loader = DeviceLoader(image_set, BATCH, device, train=True)
+    test_loader = DeviceLoader(
+        image_set.first(len(paths) // 5), TEST_BATCH_SIZE, device, train=False
+    )
+    student = build_model(stem=stem).to(device)
+    teacher = build_model(stem=stem).to(device).eval().requires_grad_(False)
+    optimizer = build_optimizer(student, RECIPE)
+    scheduler = build_scheduler(optimizer, RECIPE, 1)
+
+    def loss_fn(images, labels):
+        with torch.inference_mode():
+            teacher_logits = teacher(images)
+        student_logits = student(images)
+        loss = kd_loss(student_logits, teacher_logits, TEMPERATURE)
+        return loss, student_logits.argmax(1) == teacher_logits.argmax(1)
+
+    def epoch() -> None:
+        train_one_epoch(student, train_loader, loss_fn, optimizer, scheduler, amp)
+        evaluate(student, test_loader, amp)
+
+    return epoch
+
+
+# ---------------------------------------------------------------------------------------- measuring
+
+
+def work(way: str, stem: str, images: int, folder: Path, device: torch.device) -> None:
+    """The other process: one line out when ready, then one line out for every line in."""
+    paths = sorted(folder.glob("*.jpg"))
+    paths = (paths * -(-images // len(paths)))[:images]
+    epoch = {"plain": plain, "ours": ours}[way](paths, stem, device)
+    print(json.dumps({"startup": time.perf_counter() - BEGAN}), flush=True)
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        epoch()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            memory = torch.cuda.max_memory_allocated()
+        else:
+            memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        seconds = time.perf_counter() - began
+        print(json.dumps({"seconds": seconds, "memory_gb": memory / 1e9}), flush=True)
+
+
+class Worker:
+    """A process that stands by and runs an epoch when it is told to."""
+
+    def __init__(self, way: str, stem: str, images: int, args: Namespace) -> None:
+        command = [sys.executable, __file__, "--worker", way, "--stems", stem]
+        command += ["--images", str(images), "--folder", str(args.folder), "--device", args.device]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        self.images, self.startup = images, self._answer()["startup"]
+        self.epoch()  # the first one warms up: allocations, autotuning, compilation
+
+    def epoch(self) -> dict[str, float]:
+        """Run an epoch; returns its `seconds` and the peak memory so far, `memory_gb`."""
+        self.process.stdin.write("go\n")
+        return self._answer()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _answer(self) -> dict[str, float]:
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"error: a worker ended with exit code {self.process.wait()}")
+        return json.loads(line)
+
+
+def compare(stem: str, images: int, turns: int, args: Namespace) -> dict:
+    """The two ways in turn; every figure as [median, min, max] over the turns."""
+    workers = {way: Worker(way, stem, images, args) for way in ("plain", "ours")}
+    measured = [{way: worker.epoch() for way, worker in workers.items()} for _ in range(turns)]
+    for worker in workers.values():
+        worker.close()
+
+    def spread(values: list[float]) -> list[float]:
+        return [statistics.median(values), min(values), max(values)]
+
+    result = {"images": images, "turns": turns}
+    for way, worker in workers.items():
+        seconds = [turn[way]["seconds"] for turn in measured]
+        result[way] = {
+            "images_per_second": spread([images / s for s in seconds]),
+            "epoch_seconds": spread([s * EPOCH / images for s in seconds]),
+            "memory_gb": measured[-1][way]["memory_gb"],
+            "startup_seconds": worker.startup,
+        }
+    result["ratio"] = spread([t["plain"]["seconds"] / t["ours"]["seconds"] for t in measured])
+    return result
+
+
+def growth(stem: str, sizes: Sequence[int], args: Namespace) -> list[dict]:
+    """Time and memory of one epoch of ours on more and more images."""
+    rows = []
+    for images in sizes:
+        worker = Worker("ours", stem, images, args)
+        rows.append({"images": images, "startup_seconds": worker.startup, **worker.epoch()})
+        worker.close()
+    return rows
+
+
+def matmul_peak(device: torch.device) -> float | None:
+    """TFLOP/s of a bfloat16 matrix product on CUDA, the best of ten; None on a CPU.
+
+    There, convolutions can run at twice the speed of PyTorch's matrix product: it is no peak.
+    """
+    if device.type != "cuda":
+        return None
+    size, best = 8192, float("inf")
+    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
+    for _ in range(13):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        a @ b
+        torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best / 1e12
+
+
+def step_gflop(stem: str) -> float:
+    """GFLOP an image of one KD step, counted: student forward and backward, teacher forward."""
+    student, teacher = build_model(stem=stem), build_model(stem=stem).eval()
+    images = torch.zeros(8, 3, 32, 32)
+    with FlopCounterMode(display=False) as counter:
+        with torch.no_grad():
+            teacher_logits = teacher(images)
+        kd_loss(student(images), teacher_logits, TEMPERATURE).backward()
+    return counter.get_total_flops() / len(images) / 1e9
+
+
+# ---------------------------------------------------------------------------------------- reporting
+
+
+def report(results: dict) -> None:
+    """Print the tables of the README."""
+    print(f"\n`{results['command']}`, {results['hardware']}, torch {results['torch']}\n")
+    table = [["stem", "", "images/s", "s an epoch", "ratio", "of peak", "GB", "start s"]]
+    for stem, result in results["stems"].items():
+        for way in ("plain", "ours"):
+            row = result[way]
+            rate, low, high = row["images_per_second"]
+            share = "-"
+            if results["matmul_tflops"]:
+                share = f"{rate * result['step_gflop'] / 1e3 / results['matmul_tflops']:.0%}"
+            ratio = "{:.2f} ({:.2f}-{:.2f})".format(*result["ratio"]) if way == "ours" else ""
+            table.append([stem, way, f"{rate:.0f} ({low:.0f}-{high:.0f})"])
+            table[-1] += [f"{row['epoch_seconds'][0]:.2f}", ratio, share]
+            table[-1] += [f"{row['memory_gb']:.2f}", f"{row['startup_seconds']:.1f}"]
+    print_table(table)
+    table = [["images (ours, ImageNet stem)", "s", "images/s", "GB", "start s"]]
+    for row in results["growth"]:
+        rate = row["images"] / row["seconds"]
+        table.append([f"{row['images']:,}", f"{row['seconds']:.2f}", f"{rate:.0f}"])
+        table[-1] += [f"{row['memory_gb']:.2f}", f"{row['startup_seconds']:.1f}"]
+    print_table(table)
+
+
+def print_table(rows: list[list[str]]) -> None:
+    for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]:
+        print(f"| {' | '.join(row)} |")
+    print()
+
+
+def draw_chart(results: dict, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(results["stems"]), 3.5), layout="constrained")
+    panels = figure.subplots(1, len(results["stems"]), squeeze=False)[0]
+    for axes, (stem, result) in zip(panels, results["stems"].items(), strict=True):
+        for way in ("plain", "ours"):
+            rate, low, high = result[way]["images_per_second"]
+            bar = axes.bar(way, rate, yerr=[[rate - low], [high - rate]], capsize=6)
+            axes.bar_label(bar, fmt="%.0f", label_type="center", color="white")
+        axes.set(title=f"{stem} stem: {result['ratio'][0]:.2f}x", ylabel="images/s, KD and test")
+    figure.suptitle(results["hardware"])
+    figure.savefig(path, dpi=120)
+
+
+def made_folder(count: int = 2000) -> Path:
+    """Drawn pictures as JPEGs, where there is no CIFAKE."""
+    folder = Path(tempfile.mkdtemp(prefix="speed-"))
+    for i, image in enumerate(draw("synthetic", count, seed=0)[0]):
+        Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{i:05d}.jpg")
+    return folder
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="small sizes, for a CPU")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N [%(default)s]")
+    add("--stems", nargs="+", choices=STEMS, default=["imagenet", "cifar"], help="[both]")
+    add("--turns", type=int, default=3, metavar="N", help="epochs of each way [%(default)s]")
+    add("--folder", type=Path, default=Path("synthetic_data/cifake_train_fake"), metavar="DIR",
+        help="JPEGs to train on; drawn ones where it is empty [%(default)s]")  # fmt: skip
+    add("--output", type=Path, default=REPOSITORY / "results" / "speed", metavar="DIR")
+    add("--worker", choices=("plain", "ours"), help=argparse.SUPPRESS)
+    add("--images", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(args: Namespace) -> None:
+    device, _ = pick_device(args.device, "auto")
+    args.device = str(device)
+    if args.worker:
+        return work(args.worker, args.stems[0], args.images, args.folder, device)
+    if not any(args.folder.glob("*.jpg")):
+        args.folder = made_folder()
+    images = {"imagenet": 50_000, "cifar": 50_000}
+    sizes = (12_500, 25_000, 50_000, 200_000)
+    if args.quick:
+        images = {"imagenet": 2_560, "cifar": 384}
+        sizes = (640, 1_280, 2_560, 10_240)
+    cuda = device.type == "cuda"
+    results = {
+        "command": "python benchmarks/speed.py" + (" --quick" if args.quick else ""),
+        "hardware": torch.cuda.get_device_name(device) if cuda else f"{os.cpu_count()} CPU cores",
+        "torch": str(torch.__version__),
+        "matmul_tflops": matmul_peak(device),
+        "stems": {},
+    }
+    for stem in args.stems:
+        result = compare(stem, images[stem], args.turns, args)
+        results["stems"][stem] = {"step_gflop": step_gflop(stem), **result}
+    results["growth"] = growth("imagenet", sizes, args)
+    report(results)
+    args.output.mkdir(parents=True, exist_ok=True)
+    name = torch.cuda.get_device_name(device).replace(" ", "_") if cuda else "cpu"
+    with replacing(args.output / f"{name}.json") as file:
+        file.write((json.dumps(results, indent=2) + "\n").encode())
+    draw_chart(results, args.output / f"{name}.png")
+    print(f"\nwritten: {args.output / name}.json, .png")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_args())
