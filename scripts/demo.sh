@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole experiment in three minutes on two CPU cores, on drawn pictures: no data, no network, no GPU.
+# The whole experiment in two minutes on two CPU cores, on drawn pictures: no data and no GPU.
 # Makes .venv where needed, trains a teacher on "real" pictures and two students on "synthetic" ones,
 # and prints how the three do on "real" test pictures. Everything goes to a new folder under runs/.
 set -euo pipefail
