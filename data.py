@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image  # comes with torchvision and matplotlib
 from torch import Tensor
 from torchvision.datasets import CIFAR10
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 from experiment import UserError
 from synthetic_data.demo_images import SHAPES, draw
@@ -86,14 +86,13 @@ def load_cifar10(data_dir: str | Path, train: bool) -> ImageSet:
     binary, python = Path(data_dir) / "cifar-10-batches-bin", Path(data_dir) / CIFAR10.base_folder
     if binary.is_dir():
         return _load_binary(binary, train)
-    if python.is_dir():
-        for name, md5 in CIFAR10.train_list if train else CIFAR10.test_list:
-            _read_checked(python / name, md5)
     new = not Path(data_dir).exists()
     try:
         cifar10 = CIFAR10(data_dir, train, download=not python.is_dir())
     except (OSError, RuntimeError) as error:
         if python.is_dir():
+            for name, md5 in CIFAR10.train_list + CIFAR10.test_list:
+                _read_checked(python / name, md5)  # names the file that is missing or damaged
             raise UserError(f"{python} is not complete: {error}") from error
         if new and Path(data_dir).is_dir() and not any(Path(data_dir).iterdir()):
             Path(data_dir).rmdir()  # torchvision made it
@@ -177,9 +176,8 @@ def load_image(path: str | Path) -> Tensor:
             image = decode_image(str(path), ImageReadMode.RGB)  # (3, H, W)
         else:  # the same pixels, for all of CIFAKE
             with Image.open(path) as picture:
-                if picture.mode.startswith("I"):
-                    raise UserError(f"{path}: not a still image of 8 bits a channel")
-                image = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+                deep = picture.mode.startswith("I")  # 16 bits: refused below, not cut to 8
+                image = pil_to_tensor(picture if deep else picture.convert("RGB"))
     except (RuntimeError, OSError) as error:
         raise UserError(f"{path}: not an image that can be read") from error
     if image.dtype != torch.uint8 or image.ndim != 3:  # 16 bits a channel, or an animation
@@ -195,17 +193,16 @@ def download_cifake(folder: str | Path) -> None:
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
         return
+    by_hand = CIFAKE_BY_HAND.format(folder=folder)
     try:
         import kagglehub
     except ImportError as error:
-        by_hand = CIFAKE_BY_HAND.format(folder=folder)
         raise UserError(
             f"--download_synthetic needs kagglehub: `pip install kagglehub`; or, by hand, {by_hand}"
         ) from error
     try:
         fake = Path(kagglehub.dataset_download(CIFAKE)) / "train" / "FAKE"
     except Exception as error:  # kagglehub lets the errors of the HTTP libraries below it through
-        by_hand = CIFAKE_BY_HAND.format(folder=folder)
         raise UserError(
             f"kagglehub could not download CIFAKE ({error}); by hand: {by_hand}"
         ) from error

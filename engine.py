@@ -6,6 +6,7 @@ only places that wait for the device.
 
 import math
 import time
+from argparse import Namespace
 from collections.abc import Callable
 
 import torch
@@ -88,7 +89,7 @@ def evaluate(
     return {"loss": loss_sum.item() / count, "accuracy": 100 * hit_sum.item() / count}
 
 
-def build_optimizer(model: nn.Module, args) -> Optimizer:
+def build_optimizer(model: nn.Module, args: Namespace) -> Optimizer:
     """SGD or Adam, from `optimizer`, `lr`, `momentum`, `nesterov` and `weight_decay` of `args`."""
     if args.optimizer == "adam":
         return torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay)
@@ -101,7 +102,7 @@ def build_optimizer(model: nn.Module, args) -> Optimizer:
     )
 
 
-def build_scheduler(optimizer: Optimizer, args, total_steps: int) -> LambdaLR:
+def build_scheduler(optimizer: Optimizer, args: Namespace, total_steps: int) -> LambdaLR:
     """A scheduler that is stepped after every batch; see `lr_factor`."""
     return LambdaLR(
         optimizer,

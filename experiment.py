@@ -1,10 +1,10 @@
 """A run on disk, and what every run does: pick a device, seed, report, save, go on after a stop.
 
 runs/student-001/
-    config.json     every flag, the command, git commit, versions, hardware, the teacher's checksum
-    metrics.csv     one row an epoch
-    last.pt         the network after the last finished epoch, and all that training goes on with
-    best.pt         the network of the best epoch on the test set: only to compare with papers
+    config.json    every flag, the command, git commit, versions, hardware, the teacher's checksum
+    metrics.csv    one row an epoch
+    last.pt        the network of the last finished epoch, and all that training goes on with
+    best.pt        the network of the best epoch on the test set: only to compare with papers
     train_val_losses.png, val_accuracy.png
 """
 
@@ -109,7 +109,7 @@ class Run:
             self.folder = _new_folder(args.run_dir, f"demo/{kind}" if args.demo else kind)
             self.config = {
                 "kind": kind,
-                **_surroundings(args),
+                **surroundings(args.device),
                 **identity,
                 **notes,
                 "args": vars(args),
@@ -179,11 +179,9 @@ class Run:
     def _made(self, path: Path) -> bool:
         try:
             made_by = load(path)["provenance"]
-            return (made_by["run"], made_by["started"]) == (
-                str(self.folder),
-                self.config["started"],
-            )
-        except (UserError, KeyError, TypeError):
+            mine = {"run": str(self.folder), "started": self.config["started"]}
+            return mine.items() <= made_by.items()
+        except (UserError, KeyError, TypeError, AttributeError):
             return False
 
     def _write_metrics(self) -> None:
@@ -227,7 +225,8 @@ def _new_folder(run_dir: Path | None, name: str) -> Path:
     return run_dir
 
 
-def _surroundings(args: Namespace) -> dict:
+def surroundings(device: str) -> dict:
+    """Where a number comes from: command, time, commit, versions, and the hardware of `device`."""
     git = "git describe --always --dirty --abbrev=12 --exclude=*".split()
     try:
         here = Path(__file__).parent
@@ -237,8 +236,8 @@ def _surroundings(args: Namespace) -> dict:
         commit = None
     threads = torch.get_num_threads()
     hardware = f"CPU, {threads} thread{'s' * (threads > 1)}"
-    if torch.cuda.is_available() and args.device != "cpu":
-        hardware = torch.cuda.get_device_name(None if args.device == "auto" else args.device)
+    if torch.cuda.is_available() and device != "cpu":
+        hardware = torch.cuda.get_device_name(None if device == "auto" else device)
     return {
         "command": shlex.join(["python", *sys.argv]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),

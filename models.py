@@ -5,8 +5,8 @@
 
 A checkpoint is a dict of tensors and plain types:
 
-    {"arch": "resnet18", "stem": "cifar", "num_classes": 10, "classes": [...], "model": state dict,
-    ...}
+    {"arch": "resnet18", "stem": "cifar", "num_classes": 10, "classes": [...],
+     "model": state dict, "provenance": {...}}
 
 Weight files are only ever loaded with `weights_only=True`: a file from a stranger cannot run code.
 """
@@ -122,15 +122,15 @@ def init_from(model: nn.Module, source: str) -> str:
         if key.endswith("num_batches_tracked"):  # files from before PyTorch 0.4.1 lack these
             weights.setdefault(key, own[key])
 
-    stem = weights.get("conv1.weight", own["conv1.weight"])
+    cropped, stem = "", weights.get("conv1.weight", own["conv1.weight"])
     if stem.shape[2:] == (7, 7) and model.spec["stem"] == "cifar":
         weights["conv1.weight"] = stem[:, :, 2:5, 2:5]
-        source += ", conv1 from the centre of its 7x7 kernels"
+        cropped = ", conv1 from the centre of its 7x7 kernels"
     new = [k for k in ("fc.weight", "fc.bias") if k in weights and weights[k].shape != own[k].shape]
     weights |= {key: own[key] for key in new}
 
     _load_exactly(model, weights, source)
-    taken = f"{len(own) - len(new)} of {len(own)} tensors from {source}"
+    taken = f"{len(own) - len(new)} of {len(own)} tensors from {source}{cropped}"
     return f"{taken}; new: {', '.join(new) or 'none'}"
 
 

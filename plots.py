@@ -9,7 +9,6 @@ A folder under results/ serves as well as one under runs/.
 import argparse
 import csv
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import flags
-from experiment import UserError, one_line_errors
+from experiment import UserError, one_line_errors, replacing
 
 Metrics = dict[str, list[float]]
 # What was trained is told by a column of the CSV. Its meaning, and the training loss beside it:
@@ -121,9 +120,8 @@ def _finish(axes: Axes, title: str, unit: str) -> None:
 
 def _save(figure: Figure, named: Axes, path: Path) -> None:
     figure.legend(*named.get_legend_handles_labels(), loc="outside lower center")
-    beside = path.with_name(path.name + ".tmp")  # whoever watches a run never sees half a picture
-    figure.savefig(beside, format="png", dpi=120)
-    os.replace(beside, path)
+    with replacing(path) as file:  # whoever watches a run never sees half a picture
+        figure.savefig(file, format="png", dpi=120)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

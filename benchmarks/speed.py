@@ -15,7 +15,6 @@ Prints tables; writes results/speed/DEVICE.json and DEVICE.png.
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -39,24 +38,16 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from torchvision import transforms  # noqa: E402
 
 import data  # noqa: E402
+import flags  # noqa: E402
+import main_train_cifar10  # noqa: E402
 from data import TEST_BATCH_SIZE, DeviceLoader, ImageSet  # noqa: E402
 from engine import build_optimizer, build_scheduler, evaluate, kd_loss, train_one_epoch  # noqa: E402
-from experiment import one_line_errors, pick_device, replacing  # noqa: E402
+from experiment import one_line_errors, pick_device, replacing, surroundings  # noqa: E402
 from models import STEMS, build_model  # noqa: E402
 from synthetic_data.demo_images import draw  # noqa: E402
 
-RECIPE = Namespace(
-    optimizer="sgd",
-    lr=0.05,
-    momentum=0.9,
-    nesterov=False,
-    weight_decay=5e-4,
-    scheduler="none",
-    milestones=[0.5, 0.8],
-    gamma=0.1,
-)
-TEMPERATURE = 10.0
-BATCH = 128
+RECIPE = main_train_cifar10.parse_args([])
+TEMPERATURE, BATCH = RECIPE.temperature, RECIPE.batch_size
 EPOCH = 50_000  # what "an epoch" means in the tables, whatever was measured
 
 
@@ -84,7 +75,9 @@ def plain(paths: list[Path], stem: str, device: torch.device) -> Callable[[], No
     test_loader = DataLoader(test_set, BATCH, num_workers=2)
     student = build_model(stem=stem).to(device, memory_format=torch.contiguous_format)
     teacher = build_model(stem=stem).to(device, memory_format=torch.contiguous_format).eval()
-    optimizer = torch.optim.SGD(student.parameters(), RECIPE.lr, 0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(
+        student.parameters(), RECIPE.lr, RECIPE.momentum, weight_decay=RECIPE.weight_decay
+    )
     criterion = nn.KLDivLoss(reduction="batchmean")
 
     def epoch() -> None:
@@ -126,7 +119,7 @@ def ours(paths: list[Path], stem: str, device: torch.device) -> Callable[[], Non
     student = build_model(stem=stem).to(device)
     teacher = build_model(stem=stem).to(device).eval().requires_grad_(False)
     optimizer = build_optimizer(student, RECIPE)
-    scheduler = build_scheduler(optimizer, RECIPE, 1)
+    scheduler = build_scheduler(optimizer, RECIPE, RECIPE.epochs * len(train_loader))
 
     def loss_fn(images, labels):
         with torch.inference_mode():
@@ -172,7 +165,7 @@ class Worker:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
-        self.images, self.startup = images, self._answer()["startup"]
+        self.startup = self._answer()["startup"]
         self.epoch()  # the first one warms up: allocations, autotuning, compilation
 
     def epoch(self) -> dict[str, float]:
@@ -301,31 +294,38 @@ def draw_chart(results: dict, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def made_folder(count: int = 2000) -> Path:
-    """Drawn pictures as JPEGs, where there is no CIFAKE."""
-    folder = Path(tempfile.mkdtemp(prefix="speed-"))
-    for i, image in enumerate(draw("synthetic", count, seed=0)[0]):
+def draw_jpegs(folder: Path) -> Path:
+    """Drawn pictures as JPEGs, for where there is no CIFAKE."""
+    for i, image in enumerate(draw("synthetic", 2000, seed=0)[0]):
         Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{i:05d}.jpg")
     return folder
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = flags.Parser(__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="small sizes, for a CPU")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N [%(default)s]")
+    add("--device", type=flags.device, default="auto", help="as in the scripts [%(default)s]")
     add("--stems", nargs="+", choices=STEMS, default=["imagenet", "cifar"], help="[both]")
-    add("--turns", type=int, default=3, metavar="N", help="epochs of each way [%(default)s]")
-    add("--folder", type=Path, default=Path("synthetic_data/cifake_train_fake"), metavar="DIR",
-        help="JPEGs to train on; drawn ones where it is empty [%(default)s]")  # fmt: skip
-    add("--output", type=Path, default=REPOSITORY / "results" / "speed", metavar="DIR")
+    add("--turns", type=flags.whole(1, 1000), default=3, help="epochs of each way [%(default)s]")
+    folder = Path("synthetic_data/cifake_train_fake")
+    add("--folder", type=Path, default=folder, help="JPEGs; drawn ones where empty [%(default)s]")
+    add("--output", type=Path, default=REPOSITORY / "results" / "speed", help="[results/speed]")
     add("--worker", choices=("plain", "ours"), help=argparse.SUPPRESS)
     add("--images", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
+
+
+def measure(args: Namespace, device: torch.device) -> dict:
+    images, sizes = {"imagenet": EPOCH, "cifar": EPOCH}, (12_500, 25_000, 50_000, 200_000)
+    if args.quick:
+        images, sizes = {"imagenet": 2_560, "cifar": 384}, (640, 1_280, 2_560, 10_240)
+    results = {**surroundings(args.device), "matmul_tflops": matmul_peak(device), "stems": {}}
+    for stem in args.stems:
+        result = compare(stem, images[stem], args.turns, args)
+        results["stems"][stem] = {"step_gflop": step_gflop(stem), **result}
+    results["growth"] = growth("imagenet", sizes, args)
+    return results
 
 
 def main(args: Namespace) -> None:
@@ -333,32 +333,17 @@ def main(args: Namespace) -> None:
     args.device = str(device)
     if args.worker:
         return work(args.worker, args.stems[0], args.images, args.folder, device)
-    if not any(args.folder.glob("*.jpg")):
-        args.folder = made_folder()
-    images = {"imagenet": 50_000, "cifar": 50_000}
-    sizes = (12_500, 25_000, 50_000, 200_000)
-    if args.quick:
-        images = {"imagenet": 2_560, "cifar": 384}
-        sizes = (640, 1_280, 2_560, 10_240)
-    cuda = device.type == "cuda"
-    results = {
-        "command": "python benchmarks/speed.py" + (" --quick" if args.quick else ""),
-        "hardware": torch.cuda.get_device_name(device) if cuda else f"{os.cpu_count()} CPU cores",
-        "torch": str(torch.__version__),
-        "matmul_tflops": matmul_peak(device),
-        "stems": {},
-    }
-    for stem in args.stems:
-        result = compare(stem, images[stem], args.turns, args)
-        results["stems"][stem] = {"step_gflop": step_gflop(stem), **result}
-    results["growth"] = growth("imagenet", sizes, args)
+    with tempfile.TemporaryDirectory() as made:
+        if not any(args.folder.glob("*.jpg")):
+            args.folder = draw_jpegs(Path(made))
+        results = measure(args, device)
     report(results)
     args.output.mkdir(parents=True, exist_ok=True)
-    name = torch.cuda.get_device_name(device).replace(" ", "_") if cuda else "cpu"
+    name = "cpu" if device.type == "cpu" else results["hardware"].replace(" ", "_")
     with replacing(args.output / f"{name}.json") as file:
         file.write((json.dumps(results, indent=2) + "\n").encode())
     draw_chart(results, args.output / f"{name}.png")
-    print(f"\nwritten: {args.output / name}.json, .png")
+    print(f"written: {args.output / name}.json, .png")
 
 
 if __name__ == "__main__":

@@ -6,20 +6,12 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, OneCycleLR
 
+import main_train_cifar10 as student_script
 from data import DeviceLoader, ImageSet
 from engine import build_optimizer, build_scheduler, evaluate, kd_loss, lr_factor, train_one_epoch
 from models import build_model
 
-RECIPE = Namespace(
-    optimizer="sgd",
-    lr=0.05,
-    momentum=0.9,
-    nesterov=False,
-    weight_decay=5e-4,
-    scheduler="multistep",
-    milestones=[0.5, 0.8],
-    gamma=0.1,
-)
+RECIPE = student_script.parse_args([])
 
 
 def made_set(n: int) -> ImageSet:
