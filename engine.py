@@ -33,23 +33,85 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
     return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
 
 
+class TrainStep:
+    """A step of training, `loss, hits = step(images, labels)`: forward, backward, update.
+
+    `loss_fn(images, labels)` returns the loss to minimise, a scalar, and the hits: (B,) bool, true
+    where the prediction equals its target (the label, or the teacher's choice). `amp` is the
+    autocast dtype.
+
+    A GPU is done with a step's hundreds of kernels before Python has launched them. So, with
+    `graph` and on CUDA, the steps after the first few are replays of one recorded CUDA graph, a
+    single launch (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). A graph reads
+    and writes the same memory every time: each batch is copied there and has to have the shape of
+    the first, the learning rate becomes a tensor, and `loss` and `hits` last until the next step.
+    """
+
+    WARM_UP = 3  # ordinary steps before the recording: cuDNN chooses, the optimizer makes its state
+
+    def __init__(
+        self,
+        loss_fn: LossFn,
+        optimizer: Optimizer,
+        amp: torch.dtype | None = None,
+        graph: bool = True,
+    ) -> None:
+        self.loss_fn, self.optimizer, self.amp = loss_fn, optimizer, amp
+        self.device = optimizer.param_groups[0]["params"][0].device
+        self.records = graph and self.device.type == "cuda"
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.count = 0
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.records:
+            return self._step(images, labels)
+        self.count += 1
+        if self.count <= self.WARM_UP:
+            return self._warm_up(images, labels)
+        if self.graph is None:
+            self._record(images, labels)
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.graph.replay()
+        return self.loss, self.hits
+
+    def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
+            loss, hits = self.loss_fn(images, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach(), hits
+
+    def _warm_up(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        for group in self.optimizer.param_groups:  # a scheduler fills a tensor in place
+            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.device)
+        main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            loss, hits = self._step(images, labels)
+        main.wait_stream(side)
+        return loss, hits
+
+    def _record(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images.clone(), labels.clone()
+        self.optimizer.zero_grad(set_to_none=True)  # gradients have to live in the graph's memory
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss, self.hits = self._step(self.images, self.labels)
+
+
 def train_one_epoch(
     model: nn.Module,
     loader: DeviceLoader,
-    loss_fn: LossFn,
-    optimizer: Optimizer,
+    step: TrainStep,
     scheduler: LambdaLR,
-    amp: torch.dtype | None = None,
     on_batch: Callable[[int, Tensor], None] | None = None,
 ) -> dict[str, float]:
     """One pass over `loader`; the rate changes after every batch.
 
-    `loss_fn(images, labels)` returns the loss to minimise, a scalar, and the hits: (B,) bool, true
-    where the prediction equals its target (the label, or the teacher's choice). `amp` is the
-    autocast dtype. `on_batch(images, loss)` is told the size and the loss of each batch; reading
-    the loss synchronises.
-
-    Returns `loss` (mean), `hits` (percent) and `images_per_second`.
+    `on_batch(images, loss)` is told the size and the loss of each batch; reading the loss
+    synchronises. Returns `loss` (mean), `hits` (percent) and `images_per_second`.
     """
     model.train()
     began = time.perf_counter()
@@ -57,17 +119,13 @@ def train_one_epoch(
     hit_sum = torch.zeros((), device=loader.device, dtype=torch.int64)
     count = 0
     for images, labels in loader:
-        with torch.autocast(loader.device.type, dtype=amp, enabled=amp is not None):
-            loss, hits = loss_fn(images, labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        loss, hits = step(images, labels)
         scheduler.step()
         count += len(images)
-        loss_sum += loss.detach() * len(images)
+        loss_sum += loss * len(images)
         hit_sum += hits.sum()
         if on_batch is not None:
-            on_batch(len(images), loss.detach())
+            on_batch(len(images), loss)
     loss, hits = loss_sum.item() / count, 100 * hit_sum.item() / count  # waits
     return {"loss": loss, "hits": hits, "images_per_second": count / (time.perf_counter() - began)}
 
@@ -90,15 +148,26 @@ def evaluate(
 
 
 def build_optimizer(model: nn.Module, args: Namespace) -> Optimizer:
-    """SGD or Adam, from `optimizer`, `lr`, `momentum`, `nesterov` and `weight_decay` of `args`."""
+    """SGD or Adam, from `optimizer`, `lr`, `momentum`, `nesterov` and `weight_decay` of `args`.
+
+    On CUDA the update is one fused kernel; on a CPU the plain loop is the fastest.
+    """
+    cuda = next(model.parameters()).is_cuda
     if args.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay)
+        return torch.optim.Adam(
+            model.parameters(),
+            args.lr,
+            weight_decay=args.weight_decay,
+            fused=cuda,
+            capturable=cuda,  # it counts its steps on the device, as a CUDA graph needs it
+        )
     return torch.optim.SGD(
         model.parameters(),
         args.lr,
         momentum=args.momentum,
         nesterov=args.nesterov,
         weight_decay=args.weight_decay,
+        fused=cuda,
     )
 
 

@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -32,9 +33,26 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder go unnoticed there
+    fcntl = None
+
+SAVE_EVERY = 10.0  # seconds: on a GPU, writing 135 MB can take longer than an epoch
+LOCK = ".lock"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class UserError(Exception):
     """What the person at the keyboard can put right: shown as one line, without a traceback."""
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM while a run is going on; `number` is that of the signal."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 @contextmanager
@@ -46,6 +64,9 @@ def one_line_errors() -> Iterator[None]:
         sys.exit("error: " + " ".join(str(error).split()))
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: {str(error).splitlines()[0]} A smaller --batch_size takes less.")
+    except Stopped as stop:
+        sys.stderr.write(f"\n{stop}\n")
+        sys.exit(128 + stop.number)
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
         sys.exit(130)
@@ -88,12 +109,20 @@ class Run:
     `resume` and `output` are read here, and all go into `config.json`. So do `identity`, what must
     not have changed when a run goes on (the size of the data, the teacher), and `notes`.
 
-    The history is kept in `last.pt`, and `metrics.csv` is written from it, whole, after each epoch:
-    they cannot disagree, and no row is ever cut in half. Errors: UserError, OSError.
+    After each epoch a copy of all that training goes on with is made; it is written when the last
+    writing is `SAVE_EVERY` seconds ago. The block `with run:` ends, at the latest at SIGINT or
+    SIGTERM, with writing what waits. The history is kept in `last.pt`, and `metrics.csv` is written
+    from it, whole: they cannot disagree, and no row is ever cut in half. Errors: UserError,
+    OSError.
     """
 
     def __init__(self, args: Namespace, kind: str, identity: dict, **notes) -> None:
         self.history: list[dict[str, float]] = []
+        self.waiting: dict[str, dict] = {}  # what is to be written, by file name
+        self.saved_at = -math.inf
+        self.epochs = args.epochs
+        self.stop_signal: int | None = None
+        self.busy = False
         self.output = args.output
         self.output.parent.mkdir(parents=True, exist_ok=True)
         if self.output.is_dir() or not os.access(self.output.parent, os.W_OK):
@@ -101,12 +130,17 @@ class Run:
         if args.resume:
             self.folder = args.resume
             self.config = read_config(self.folder)
+            self.lock = _lock(self.folder)
             for key, value in identity.items():
                 was = self.config.get(key)
                 if was != value:
                     raise UserError(f"{self.folder} cannot go on: {key} was {was}, now {value}")
         else:
-            self.folder = _new_folder(args.run_dir, f"demo/{kind}" if args.demo else kind)
+            self.folder = args.run_dir or _next_folder(f"demo/{kind}" if args.demo else kind)
+            refuse_if_used(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = _lock(self.folder)
+            refuse_if_used(self.folder)  # of two runs that start at once, one ends here
             self.config = {
                 "kind": kind,
                 **surroundings(args.device),
@@ -124,8 +158,11 @@ class Run:
         if path.exists():
             state = load(path)
             model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+            own = optimizer.state_dict()  # its options: what is fused depends on the device
+            optimizer.load_state_dict({**own, "state": state["optimizer"]["state"]})
             scheduler.load_state_dict(state["scheduler"])
+            for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                group["lr"] = float(lr)
             self.history = state["history"]
             self._write_metrics()
         return len(self.history) + 1
@@ -136,20 +173,75 @@ class Run:
         checkpoint: dict,
         optimizer: Optimizer,
         scheduler: LambdaLR,
-    ) -> None:
-        """End an epoch: write `last.pt` and `metrics.csv`, and `best.pt` when it is the best."""
-        if not math.isfinite(row["train_loss"]):
-            raise UserError(
-                f"the training loss of epoch {row['epoch']} is {row['train_loss']}: --lr may be "
-                f"too high; {self.folder} keeps the epochs before it"
-            )
+    ) -> bool:
+        """End an epoch; true if its files were written at once."""
+        self._check(row, checkpoint["model"])
+        self.busy = True  # a signal waits until history and files agree again
         self.history.append(row)
         checkpoint = {**checkpoint, "provenance": self._provenance()}
-        if self.best is row:
-            save(self.folder / "best.pt", checkpoint)
         training = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-        save(self.folder / "last.pt", {**checkpoint, **training, "history": self.history})
-        self._write_metrics()
+        last = _copied({**checkpoint, **training, "history": self.history})
+        self.waiting["last.pt"] = last
+        if self.best is row:
+            self.waiting["best.pt"] = {key: last[key] for key in checkpoint}
+        due = time.monotonic() - self.saved_at >= SAVE_EVERY
+        if due:
+            self.flush()
+        self.busy = False
+        if self.stop_signal:
+            self._stop()
+        return due
+
+    def flush(self) -> None:
+        """Write what waits: `best.pt`, `last.pt`, and then `metrics.csv`."""
+        for name in sorted(self.waiting):
+            save(self.folder / name, self.waiting.pop(name))
+            if name == "last.pt":
+                self._write_metrics()
+        self.saved_at = time.monotonic()
+
+    def _check(self, row: dict[str, float], weights: dict[str, Tensor]) -> None:
+        finite = torch.stack([weight.isfinite().all() for weight in weights.values()]).all()
+        for what, good in (
+            (f"training loss is {row['train_loss']}", math.isfinite(row["train_loss"])),
+            (f"test loss is {row['test_loss']}", math.isfinite(row["test_loss"])),
+            ("network holds a weight that is not finite", finite),
+        ):
+            if not good:
+                raise UserError(
+                    f"stopped after epoch {row['epoch']}: its {what}. A too high --lr is the "
+                    f"likely cause, or a teacher that is broken; {self.folder} keeps the epochs "
+                    "before it"
+                )
+
+    def __enter__(self) -> "Run":
+        self.handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._give_back_signals()
+        self.flush()
+        self.lock.close()
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._give_back_signals()  # a second one ends at once
+        self.stop_signal = number
+        if not self.busy:
+            self._stop()
+
+    def _give_back_signals(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _stop(self) -> None:
+        done, script = len(self.history), shlex.quote(sys.argv[0])
+        raise Stopped(
+            self.stop_signal,
+            f"stopped after epoch {done} of {self.epochs}; to go on:\n"
+            f"python {script} --resume {shlex.quote(str(self.folder))}",
+        )
 
     @property
     def best(self) -> dict[str, float]:
@@ -161,8 +253,10 @@ class Run:
 
         A file that is already there is not lost, unless this very run has made it: it is renamed.
         """
+        self.flush()
         kept = None if self._made(self.output) else set_aside(self.output)
-        save(self.output, {**checkpoint, "provenance": self._provenance()})
+        state = {**checkpoint, "provenance": self._provenance()}
+        save(self.output, state, tag=f".{self.folder.name}")
         last, best = self.history[-1], self.best
         minutes, seconds = divmod(round(sum(row["seconds"] for row in self.history)), 60)
         print(
@@ -212,17 +306,29 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def _new_folder(run_dir: Path | None, name: str) -> Path:
-    if run_dir is None:  # runs/student-001, runs/student-002, ...
-        taken = [path.name.rpartition("-")[2] for path in Path("runs").glob(f"{name}-*")]
-        number = 1 + max((int(end) for end in taken if end.isdecimal()), default=0)
-        run_dir = Path("runs", f"{name}-{number:03d}")
-        run_dir.mkdir(parents=True)  # of two runs that start at once, one ends here
-        return run_dir
-    if run_dir.is_dir() and any(run_dir.iterdir()):
-        raise UserError(f"{run_dir} is not empty: name a new folder, or --resume {run_dir}")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    return run_dir
+def _next_folder(name: str) -> Path:  # runs/student-001, runs/student-002, ...
+    taken = [path.name.rpartition("-")[2] for path in Path("runs").glob(f"{name}-*")]
+    number = 1 + max((int(end) for end in taken if end.isdecimal()), default=0)
+    return Path("runs", f"{name}-{number:03d}")
+
+
+def refuse_if_used(folder: Path) -> None:
+    """Errors: UserError when there is anything in the folder of a run that is to be new."""
+    if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
+        raise UserError(f"{folder} is not empty: name a new folder, or --resume {folder}")
+
+
+def _lock(folder: Path) -> BinaryIO:
+    """Keep other processes out of `folder` while the file is open: until this process is gone."""
+    file = open(folder / LOCK, "ab")  # noqa: SIM115
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{folder} is in use: another process is at work on this run") from error
+    except OSError:  # some network file systems have no locks
+        pass
+    return file
 
 
 def surroundings(device: str) -> dict:
@@ -249,10 +355,22 @@ def surroundings(device: str) -> dict:
     }
 
 
+def _copied(state):
+    """A copy of nested dicts, lists and tensors, all of them on the CPU."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    return [_copied(value) for value in state] if isinstance(state, (list, tuple)) else state
+
+
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write beside `path`, flush it to the disk, move it into place: never half a file."""
-    beside = path.with_name(path.name + ".tmp")
+def replacing(path: Path, tag: str = "") -> Iterator[BinaryIO]:
+    """Write beside `path`, flush it to the disk, move it into place: never half a file.
+
+    `tag` keeps those apart who write to the same path at the same time.
+    """
+    beside = path.with_name(f"{path.name}{tag}.tmp")
     try:
         with open(beside, "wb") as file:
             yield file
@@ -263,9 +381,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         beside.unlink(missing_ok=True)
 
 
-def save(path: Path, state: dict) -> None:
+def save(path: Path, state: dict, tag: str = "") -> None:
     """`torch.save`, through `replacing`."""
-    with replacing(path) as file:
+    with replacing(path, tag) as file:
         torch.save(state, file)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import flags
 from data import TEST_BATCH_SIZE, DeviceLoader, load_cifar10, load_demo
-from engine import build_optimizer, build_scheduler, evaluate, train_one_epoch
+from engine import TrainStep, build_optimizer, build_scheduler, evaluate, train_one_epoch
 from experiment import Progress, Run, one_line_errors, pick_device, seed_everything
 from models import STEMS, build_model, init_from, to_checkpoint
 from plots import plot_run
@@ -82,31 +82,32 @@ def main(args: Namespace) -> None:
         return F.cross_entropy(logits, labels), logits.argmax(1) == labels
 
     # the run
+    step = TrainStep(loss_fn, optimizer, amp, graph=not args.no_graph)
     run = Run(args, "teacher", {"train_images": len(train_set), "test_images": len(test_set)})
     first_epoch = run.restore(teacher, optimizer, scheduler)
     progress = Progress(first_epoch, args.epochs, len(train_loader) * args.batch_size)
-    for epoch in range(first_epoch, args.epochs + 1):
-        began, lr = time.perf_counter(), scheduler.get_last_lr()[0]
-        seed_everything(args.seed, epoch)
-        train = train_one_epoch(
-            teacher, train_loader, loss_fn, optimizer, scheduler, amp, progress.on_batch
-        )
-        test = evaluate(teacher, test_loader, amp)
-        row = {
-            "epoch": epoch,
-            "lr": lr,
-            "train_loss": train["loss"],
-            "train_accuracy": train["hits"],
-            "test_loss": test["loss"],
-            "test_accuracy": test["accuracy"],
-            "seconds": time.perf_counter() - began,
-            "images_per_second": train["images_per_second"],
-        }
-        run.record(row, to_checkpoint(teacher, test_set.classes), optimizer, scheduler)
+    with run:
+        for epoch in range(first_epoch, args.epochs + 1):
+            began, lr = time.perf_counter(), float(scheduler.get_last_lr()[0])
+            seed_everything(args.seed, epoch)
+            train = train_one_epoch(teacher, train_loader, step, scheduler, progress.on_batch)
+            test = evaluate(teacher, test_loader, amp)
+            row = {
+                "epoch": epoch,
+                "lr": lr,
+                "train_loss": train["loss"],
+                "train_accuracy": train["hits"],
+                "test_loss": test["loss"],
+                "test_accuracy": test["accuracy"],
+                "seconds": time.perf_counter() - began,
+                "images_per_second": train["images_per_second"],
+            }
+            if run.record(row, to_checkpoint(teacher, test_set.classes), optimizer, scheduler):
+                plot_run(run.folder)
+            progress.epoch(row)
+        progress.close()
+        run.finish(to_checkpoint(teacher, test_set.classes))
         plot_run(run.folder)
-        progress.epoch(row)
-    progress.close()
-    run.finish(to_checkpoint(teacher, test_set.classes))
 
 
 if __name__ == "__main__":

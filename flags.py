@@ -13,10 +13,13 @@ from typing import NoReturn
 
 import torch
 
-from experiment import UserError, read_config
+from experiment import UserError, read_config, refuse_if_used
 
 # What may change when a run goes on: where things lie and what it runs on, not what it computes.
-FREE_ON_RESUME = ("resume", "device", "output", "data_dir", "synthetic_data_dir", "teacher_weights")
+FREE_ON_RESUME = (
+    *("resume", "output", "data_dir", "synthetic_data_dir", "teacher_weights"),
+    *("device", "no_graph"),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -144,6 +147,11 @@ def add_run_flags(parser: Parser, kind: str, output: str) -> None:
         default="auto",
         help="bfloat16 autocast; auto means bf16 on CUDA and off on the CPU [%(default)s]",
     )
+    add(
+        "--no_graph",
+        action="store_true",
+        help="on CUDA, launch every kernel from Python instead of replaying a recorded graph",
+    )
     add("--run_dir", type=Path, metavar="DIR", help=f"new folder of the run [runs/{kind}-001, ...]")
     add("--resume", type=Path, metavar="DIR", help="go on with the stopped run in DIR")
     add(
@@ -172,6 +180,8 @@ def parse(parser: Parser, argv: Sequence[str] | None, kind: str, demo: dict) -> 
     if args.nesterov and args.momentum == 0:
         parser.error("--nesterov needs a --momentum above 0")
     if args.resume is None:
+        if args.run_dir is not None:
+            refuse_if_used(args.run_dir)
         return args
     if args.run_dir is not None:
         parser.error("--resume goes on in the folder of the run: leave --run_dir out")

@@ -28,9 +28,9 @@ from data import (
     load_cifar10,
     load_demo,
 )
-from engine import build_optimizer, build_scheduler, evaluate, kd_loss, train_one_epoch
+from engine import TrainStep, build_optimizer, build_scheduler, evaluate, kd_loss, train_one_epoch
 from experiment import Progress, Run, UserError, one_line_errors, pick_device, seed_everything
-from models import STEMS, build_model, load_model, to_checkpoint
+from models import STEMS, build_model, cast_once, load_model, to_checkpoint
 from plots import plot_run
 
 # The published recipe, and the demo's.
@@ -111,6 +111,7 @@ def main(args: Namespace) -> None:
     student = build_model("resnet18", args.stem, len(test_set.classes)).to(device)
     teacher, teacher_sha256 = load_teacher(args, test_set.classes)
     teacher = teacher.to(device).eval().requires_grad_(False)
+    cast_once(teacher, amp)
     accuracy = evaluate(teacher, test_loader, amp)["accuracy"]
     print(f"teacher: {accuracy:.2f} % on {len(test_set):,} real test images", flush=True)
     optimizer = build_optimizer(student, args)
@@ -124,6 +125,7 @@ def main(args: Namespace) -> None:
         return loss, student_logits.argmax(1) == teacher_logits.argmax(1)
 
     # the run
+    step = TrainStep(loss_fn, optimizer, amp, graph=not args.no_graph)
     identity = {
         "train_images": len(train_set),
         "test_images": len(test_set),
@@ -132,28 +134,28 @@ def main(args: Namespace) -> None:
     run = Run(args, "student", identity, teacher_accuracy=accuracy)
     first_epoch = run.restore(student, optimizer, scheduler)
     progress = Progress(first_epoch, args.epochs, len(train_loader) * args.batch_size)
-    for epoch in range(first_epoch, args.epochs + 1):
-        began, lr = time.perf_counter(), scheduler.get_last_lr()[0]
-        seed_everything(args.seed, epoch)
-        train = train_one_epoch(
-            student, train_loader, loss_fn, optimizer, scheduler, amp, progress.on_batch
-        )
-        test = evaluate(student, test_loader, amp)
-        row = {
-            "epoch": epoch,
-            "lr": lr,
-            "train_loss": train["loss"],
-            "train_agreement": train["hits"],
-            "test_loss": test["loss"],
-            "test_accuracy": test["accuracy"],
-            "seconds": time.perf_counter() - began,
-            "images_per_second": train["images_per_second"],
-        }
-        run.record(row, to_checkpoint(student, test_set.classes), optimizer, scheduler)
+    with run:
+        for epoch in range(first_epoch, args.epochs + 1):
+            began, lr = time.perf_counter(), float(scheduler.get_last_lr()[0])
+            seed_everything(args.seed, epoch)
+            train = train_one_epoch(student, train_loader, step, scheduler, progress.on_batch)
+            test = evaluate(student, test_loader, amp)
+            row = {
+                "epoch": epoch,
+                "lr": lr,
+                "train_loss": train["loss"],
+                "train_agreement": train["hits"],
+                "test_loss": test["loss"],
+                "test_accuracy": test["accuracy"],
+                "seconds": time.perf_counter() - began,
+                "images_per_second": train["images_per_second"],
+            }
+            if run.record(row, to_checkpoint(student, test_set.classes), optimizer, scheduler):
+                plot_run(run.folder)
+            progress.epoch(row)
+        progress.close()
+        run.finish(to_checkpoint(student, test_set.classes))
         plot_run(run.folder)
-        progress.epoch(row)
-    progress.close()
-    run.finish(to_checkpoint(student, test_set.classes))
 
 
 def load_teacher(args: Namespace, classes: tuple[str, ...]) -> tuple[nn.Module, str | None]:

@@ -40,6 +40,16 @@ def build_model(arch: str = "resnet18", stem: str = "cifar", num_classes: int = 
     return model.to(memory_format=torch.channels_last)
 
 
+def cast_once(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Keep the weights that autocast to `dtype` would cast anew in every step as what it makes.
+
+    For a frozen network: it computes the same to the last bit, with twenty kernels less a step.
+    """
+    for module in model.modules():
+        if dtype is not None and isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.to(dtype)
+
+
 def to_checkpoint(model: nn.Module, classes: tuple[str, ...]) -> dict:
     """What `load_model` rebuilds `model` from; `classes` are the names of its outputs, in order."""
     return {**model.spec, "classes": list(classes), "model": model.state_dict()}

@@ -1,19 +1,22 @@
 """How fast a KD epoch is, beside the ordinary way to write one, measured in turn in the same run.
 
-    python benchmarks/speed.py --quick    # under three minutes on two CPU cores
+    python benchmarks/speed.py --quick    # about a minute and a half on two CPU cores
     python benchmarks/speed.py            # the full sizes: for a GPU
+    python benchmarks/speed.py --whole    # the published experiment: both scripts, start to exit
 
 "plain" is the usual tutorial: PIL decodes and torchvision's transforms augment in the two workers
 of a DataLoader, float32, channels-first, eager, `.item()` in every step. "ours" is what
-main_train_cifar10.py does, through the very same functions. Networks, data, batch size, loss and
-optimizer are the same. Each lives in a process of its own, and the two take turns epoch by epoch,
-so that a machine that slows down slows both. Ratios are taken within a turn. An epoch is training
-and a test on a fifth as many images.
+main_train_cifar10.py does, through the very same functions; on a GPU, so are "ours, no graph"
+(every kernel launched from Python) and "ours, compiled" (networks through torch.compile, then the
+graph). Networks, data, batch size, loss and optimizer are the same. Each way lives in a process of
+its own, and they take turns epoch by epoch, so that a machine that slows down slows all. Ratios are
+taken within a turn. An epoch is training and a test on a fifth as many images.
 
-Prints tables; writes results/speed/DEVICE.json and DEVICE.png.
+Prints tables; writes results/speed/DEVICE.json and DEVICE.png, or DEVICE_whole.json.
 """
 
 import argparse
+import functools
 import json
 import resource
 import statistics
@@ -41,9 +44,16 @@ import data  # noqa: E402
 import flags  # noqa: E402
 import main_train_cifar10  # noqa: E402
 from data import TEST_BATCH_SIZE, DeviceLoader, ImageSet  # noqa: E402
-from engine import build_optimizer, build_scheduler, evaluate, kd_loss, train_one_epoch  # noqa: E402
+from engine import (  # noqa: E402
+    TrainStep,
+    build_optimizer,
+    build_scheduler,
+    evaluate,
+    kd_loss,
+    train_one_epoch,
+)
 from experiment import one_line_errors, pick_device, replacing, surroundings  # noqa: E402
-from models import STEMS, build_model  # noqa: E402
+from models import STEMS, build_model, cast_once  # noqa: E402
 from synthetic_data.demo_images import draw  # noqa: E402
 
 RECIPE = main_train_cifar10.parse_args([])
@@ -107,7 +117,13 @@ def plain(paths: list[Path], stem: str, device: torch.device) -> Callable[[], No
 # ---------------------------------------------------------------------------------- this project's
 
 
-def ours(paths: list[Path], stem: str, device: torch.device) -> Callable[[], None]:
+def ours(
+    paths: list[Path],
+    stem: str,
+    device: torch.device,
+    graph: bool = True,
+    compiled: bool = False,
+) -> Callable[[], None]:
     """Returns what trains and tests for one epoch, built as main_train_cifar10.py builds it."""
     _, amp = pick_device(str(device), "auto")
     images = torch.stack([data.load_image(path) for path in paths])
@@ -118,6 +134,9 @@ def ours(paths: list[Path], stem: str, device: torch.device) -> Callable[[], Non
     )
     student = build_model(stem=stem).to(device)
     teacher = build_model(stem=stem).to(device).eval().requires_grad_(False)
+    cast_once(teacher, amp)
+    if compiled:
+        student, teacher = torch.compile(student), torch.compile(teacher)
     optimizer = build_optimizer(student, RECIPE)
     scheduler = build_scheduler(optimizer, RECIPE, RECIPE.epochs * len(train_loader))
 
@@ -128,11 +147,21 @@ def ours(paths: list[Path], stem: str, device: torch.device) -> Callable[[], Non
         loss = kd_loss(student_logits, teacher_logits, TEMPERATURE)
         return loss, student_logits.argmax(1) == teacher_logits.argmax(1)
 
+    step = TrainStep(loss_fn, optimizer, amp, graph)
+
     def epoch() -> None:
-        train_one_epoch(student, train_loader, loss_fn, optimizer, scheduler, amp)
+        train_one_epoch(student, train_loader, step, scheduler)
         evaluate(student, test_loader, amp)
 
     return epoch
+
+
+WAYS = {
+    "plain": plain,
+    "ours": ours,
+    "ours, no graph": functools.partial(ours, graph=False),
+    "ours, compiled": functools.partial(ours, compiled=True),
+}
 
 
 # ---------------------------------------------------------------------------------------- measuring
@@ -142,7 +171,7 @@ def work(way: str, stem: str, images: int, folder: Path, device: torch.device) -
     """The other process: one line out when ready, then one line out for every line in."""
     paths = sorted(folder.glob("*.jpg"))
     paths = (paths * -(-images // len(paths)))[:images]
-    epoch = {"plain": plain, "ours": ours}[way](paths, stem, device)
+    epoch = WAYS[way](paths, stem, device)
     print(json.dumps({"startup": time.perf_counter() - BEGAN}), flush=True)
     for _ in sys.stdin:
         began = time.perf_counter()
@@ -185,8 +214,9 @@ class Worker:
 
 
 def compare(stem: str, images: int, turns: int, args: Namespace) -> dict:
-    """The two ways in turn; every figure as [median, min, max] over the turns."""
-    workers = {way: Worker(way, stem, images, args) for way in ("plain", "ours")}
+    """All ways in turn; every figure as [median, min, max] over the turns."""
+    ways = list(WAYS) if args.device.startswith("cuda") else ["plain", "ours"]
+    workers = {way: Worker(way, stem, images, args) for way in ways}
     measured = [{way: worker.epoch() for way, worker in workers.items()} for _ in range(turns)]
     for worker in workers.values():
         worker.close()
@@ -200,10 +230,10 @@ def compare(stem: str, images: int, turns: int, args: Namespace) -> dict:
         result[way] = {
             "images_per_second": spread([images / s for s in seconds]),
             "epoch_seconds": spread([s * EPOCH / images for s in seconds]),
+            "ratio": spread([t["plain"]["seconds"] / t[way]["seconds"] for t in measured]),
             "memory_gb": measured[-1][way]["memory_gb"],
             "startup_seconds": worker.startup,
         }
-    result["ratio"] = spread([t["plain"]["seconds"] / t["ours"]["seconds"] for t in measured])
     return result
 
 
@@ -246,6 +276,27 @@ def step_gflop(stem: str) -> float:
     return counter.get_total_flops() / len(images) / 1e9
 
 
+def whole(stem: str, args: Namespace) -> dict[str, float]:
+    """Seconds of the two scripts with the published recipe, each from its start to its exit.
+
+    The teacher starts from random weights, as there may be no network to fetch others by.
+    """
+    seconds = {}
+    data_dir, synthetic = args.data_dir.resolve(), args.folder.resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        for script, extra in (
+            ("fine_tune_teacher_cifar10", ["--init", "random"]),
+            ("main_train_cifar10", ["--synthetic_data_dir", str(synthetic)]),
+        ):
+            command = [sys.executable, str(REPOSITORY / f"{script}.py"), *extra, "--stem", stem]
+            command += ["--data_dir", str(data_dir), "--device", args.device]
+            command += ["--limit", str(args.limit)] if args.limit else []
+            began = time.perf_counter()
+            subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, check=True)
+            seconds[script] = time.perf_counter() - began
+    return seconds
+
+
 # ---------------------------------------------------------------------------------------- reporting
 
 
@@ -254,13 +305,13 @@ def report(results: dict) -> None:
     print(f"\n`{results['command']}`, {results['hardware']}, torch {results['torch']}\n")
     table = [["stem", "", "images/s", "s an epoch", "ratio", "of peak", "GB", "start s"]]
     for stem, result in results["stems"].items():
-        for way in ("plain", "ours"):
+        for way in filter(result.get, WAYS):
             row = result[way]
             rate, low, high = row["images_per_second"]
             share = "-"
             if results["matmul_tflops"]:
                 share = f"{rate * result['step_gflop'] / 1e3 / results['matmul_tflops']:.0%}"
-            ratio = "{:.2f} ({:.2f}-{:.2f})".format(*result["ratio"]) if way == "ours" else ""
+            ratio = "{:.2f} ({:.2f}-{:.2f})".format(*row["ratio"])
             table.append([stem, way, f"{rate:.0f} ({low:.0f}-{high:.0f})"])
             table[-1] += [f"{row['epoch_seconds'][0]:.2f}", ratio, share]
             table[-1] += [f"{row['memory_gb']:.2f}", f"{row['startup_seconds']:.1f}"]
@@ -285,11 +336,12 @@ def draw_chart(results: dict, path: Path) -> None:
     figure = Figure(figsize=(4 * len(results["stems"]), 3.5), layout="constrained")
     panels = figure.subplots(1, len(results["stems"]), squeeze=False)[0]
     for axes, (stem, result) in zip(panels, results["stems"].items(), strict=True):
-        for way in ("plain", "ours"):
+        for way in filter(result.get, WAYS):
             rate, low, high = result[way]["images_per_second"]
             bar = axes.bar(way, rate, yerr=[[rate - low], [high - rate]], capsize=6)
             axes.bar_label(bar, fmt="%.0f", label_type="center", color="white")
-        axes.set(title=f"{stem} stem: {result['ratio'][0]:.2f}x", ylabel="images/s, KD and test")
+        ratio = result["ours"]["ratio"][0]
+        axes.set(title=f"{stem} stem: {ratio:.2f}x", ylabel="images/s, KD and test")
     figure.suptitle(results["hardware"])
     figure.savefig(path, dpi=120)
 
@@ -310,8 +362,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--turns", type=flags.whole(1, 1000), default=3, help="epochs of each way [%(default)s]")
     folder = Path("synthetic_data/cifake_train_fake")
     add("--folder", type=Path, default=folder, help="JPEGs; drawn ones where empty [%(default)s]")
+    add("--whole", action="store_true", help="time the two scripts instead, on real data")
+    add("--data_dir", type=Path, default=Path("data"), help="for --whole: CIFAR-10 [%(default)s]")
+    add("--limit", type=flags.whole(1, 10**9), help="for --whole: as in the scripts [all]")
     add("--output", type=Path, default=REPOSITORY / "results" / "speed", help="[results/speed]")
-    add("--worker", choices=("plain", "ours"), help=argparse.SUPPRESS)
+    add("--worker", choices=WAYS, help=argparse.SUPPRESS)
     add("--images", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -319,8 +374,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 def measure(args: Namespace, device: torch.device) -> dict:
     images, sizes = {"imagenet": EPOCH, "cifar": EPOCH}, (12_500, 25_000, 50_000, 200_000)
     if args.quick:
-        images, sizes = {"imagenet": 2_560, "cifar": 384}, (640, 1_280, 2_560, 10_240)
-    results = {**surroundings(args.device), "matmul_tflops": matmul_peak(device), "stems": {}}
+        images, sizes = {"imagenet": 1_280, "cifar": 256}, (640, 1_280, 5_120)
+    results = {"matmul_tflops": matmul_peak(device), "stems": {}}
     for stem in args.stems:
         result = compare(stem, images[stem], args.turns, args)
         results["stems"][stem] = {"step_gflop": step_gflop(stem), **result}
@@ -333,17 +388,28 @@ def main(args: Namespace) -> None:
     args.device = str(device)
     if args.worker:
         return work(args.worker, args.stems[0], args.images, args.folder, device)
-    with tempfile.TemporaryDirectory() as made:
-        if not any(args.folder.glob("*.jpg")):
-            args.folder = draw_jpegs(Path(made))
-        results = measure(args, device)
-    report(results)
+    results = surroundings(args.device)
+    if args.whole:
+        results["limit"] = args.limit
+        for stem in args.stems:
+            turns = [whole(stem, args) for _ in range(args.turns)]
+            results[stem] = turns
+            both = sorted(sum(turn.values()) for turn in turns)
+            print(f"{stem} stem: {statistics.median(both):.1f} s ({both[0]:.1f}-{both[-1]:.1f})")
+    else:
+        with tempfile.TemporaryDirectory() as made:
+            if not any(args.folder.glob("*.jpg")):
+                args.folder = draw_jpegs(Path(made))
+            results |= measure(args, device)
+        report(results)
     args.output.mkdir(parents=True, exist_ok=True)
     name = "cpu" if device.type == "cpu" else results["hardware"].replace(" ", "_")
+    name += "_whole" * args.whole
     with replacing(args.output / f"{name}.json") as file:
         file.write((json.dumps(results, indent=2) + "\n").encode())
-    draw_chart(results, args.output / f"{name}.png")
-    print(f"written: {args.output / name}.json, .png")
+    if not args.whole:
+        draw_chart(results, args.output / f"{name}.png")
+    print(f"written: {args.output / name}.json")
 
 
 if __name__ == "__main__":

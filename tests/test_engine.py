@@ -8,7 +8,15 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, OneCycleLR
 
 import main_train_cifar10 as student_script
 from data import DeviceLoader, ImageSet
-from engine import build_optimizer, build_scheduler, evaluate, kd_loss, lr_factor, train_one_epoch
+from engine import (
+    TrainStep,
+    build_optimizer,
+    build_scheduler,
+    evaluate,
+    kd_loss,
+    lr_factor,
+    train_one_epoch,
+)
 from models import build_model
 
 RECIPE = student_script.parse_args([])
@@ -93,7 +101,7 @@ def test_an_epoch_leaves_the_teacher_as_it_was_and_moves_the_student():
         logits = student(images)
         return kd_loss(logits, teacher_logits, 10.0), logits.argmax(1) == teacher_logits.argmax(1)
 
-    result = train_one_epoch(student, loader, loss_fn, optimizer, scheduler)
+    result = train_one_epoch(student, loader, TrainStep(loss_fn, optimizer), scheduler)
 
     assert set(result) == {"loss", "hits", "images_per_second"}
     assert math.isfinite(result["loss"])
@@ -120,13 +128,9 @@ def test_training_means_are_over_images_and_batches_are_reported():
 
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     scheduler = build_scheduler(optimizer, RECIPE, 2)
+    step = TrainStep(loss_fn, optimizer)
     result = train_one_epoch(
-        model,
-        loader,
-        loss_fn,
-        optimizer,
-        scheduler,
-        on_batch=lambda n, loss: seen.append((n, loss)),
+        model, loader, step, scheduler, on_batch=lambda n, loss: seen.append((n, loss))
     )
     assert result["loss"] == 2.0
     assert [(n, loss.item()) for n, loss in seen] == [(8, 1.0), (8, 3.0)]

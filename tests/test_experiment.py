@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import os
+import signal
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -10,10 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+import experiment
 from engine import build_scheduler
 from experiment import (
     Progress,
     Run,
+    Stopped,
     UserError,
     one_line_errors,
     pick_device,
@@ -26,7 +29,7 @@ from models import read_weights
 
 def flags(**changes) -> Namespace:
     given = {"demo": False, "run_dir": None, "resume": None, "output": Path("out.pth")}
-    return Namespace(**{**given, "device": "cpu", **changes})
+    return Namespace(**{**given, "device": "cpu", "epochs": 9, **changes})
 
 
 def row(epoch: int, accuracy: float, loss: float = 1.0) -> dict[str, float]:
@@ -97,7 +100,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_training(output, wor
     assert not (workdir / "runs").exists()
 
 
-def test_metrics_hold_every_epoch_and_best_is_the_first_best(workdir):
+def test_metrics_hold_every_epoch_and_best_is_the_first_best(workdir, monkeypatch):
+    monkeypatch.setattr(experiment, "SAVE_EVERY", 0)
     model, optimizer, scheduler = parts()
     run = Run(flags(), "student", {})
     for epoch, accuracy in enumerate([40.0, 60.0, 60.0, 50.0], start=1):
@@ -119,6 +123,7 @@ def test_a_run_goes_on_with_all_it_had(workdir):
     run = Run(flags(), "student", {"train_images": 5})
     run.record(row(1, 40.0), checkpoint(model), optimizer, scheduler)
     (run.folder / "metrics.csv").unlink()  # stopped between the checkpoint and the table
+    run.lock.close()  # as when a process ends
 
     again = Run(flags(resume=run.folder), "student", {"train_images": 5})
     other_model, other_optimizer, other_scheduler = parts()
@@ -133,25 +138,98 @@ def test_a_run_goes_on_with_all_it_had(workdir):
 
 
 def test_a_run_without_a_finished_epoch_starts_at_the_first(workdir):
-    run = Run(flags(), "student", {})
+    with Run(flags(), "student", {}) as run:
+        pass
     assert Run(flags(resume=run.folder), "student", {}).restore(*parts()) == 1
 
 
 def test_a_run_does_not_go_on_with_another_teacher(workdir):
-    run = Run(flags(), "student", {"teacher_sha256": "aaaa"})
+    with Run(flags(), "student", {"teacher_sha256": "aaaa"}) as run:
+        pass
     with pytest.raises(UserError, match="cannot go on: teacher_sha256 was aaaa, now bbbb"):
         Run(flags(resume=run.folder), "student", {"teacher_sha256": "bbbb"})
 
 
-@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_diverged_epoch_ends_the_run_and_spares_the_last_good_one(loss, workdir):
+def test_what_waits_is_a_copy_and_is_written_at_the_end(workdir):
+    """Short epochs are not written one by one; the last finished one is never lost."""
     model, optimizer, scheduler = parts()
+    with pytest.raises(ZeroDivisionError), Run(flags(), "student", {}) as run:
+        written = []
+        for epoch, accuracy in enumerate([40.0, 60.0, 50.0], start=1):
+            model.weight.data.fill_(epoch)
+            written.append(
+                run.record(row(epoch, accuracy), checkpoint(model), optimizer, scheduler)
+            )
+        assert written == [True, False, False]
+        assert len((run.folder / "metrics.csv").read_text().splitlines()) == 2
+        model.weight.data.fill_(99)  # the middle of the next epoch
+        1 / 0  # noqa: B018
+    assert len((run.folder / "metrics.csv").read_text().splitlines()) == 4
+    assert read_weights(run.folder / "last.pt")[0]["weight"].unique().item() == 3
+    assert read_weights(run.folder / "best.pt")[0]["weight"].unique().item() == 2
+
+
+@pytest.mark.parametrize("broken", ["train_loss", "test_loss", "weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_epoch_ends_the_run_and_spares_the_last_good_one(value, broken, workdir):
+    model, optimizer, scheduler = parts()
+    with Run(flags(), "student", {}) as run:
+        run.record(row(1, 40.0), checkpoint(model), optimizer, scheduler)
+        run.record(row(2, 45.0), checkpoint(model), optimizer, scheduler)  # waits
+        if broken == "weight":
+            model.weight.data[0, 0] = value
+        diverged = {**row(3, 10.0), broken: value} if broken != "weight" else row(3, 10.0)
+        with pytest.raises(UserError, match=r"after epoch 3: its .*(nan|inf|not finite).*--lr"):
+            run.record(diverged, checkpoint(model), optimizer, scheduler)
+    weights, facts = read_weights(run.folder / "last.pt")
+    assert facts["provenance"]["epoch"] == 2
+    assert weights["weight"].isfinite().all()
+    assert "nan" not in (run.folder / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize("number", experiment.STOP_SIGNALS)
+def test_a_signal_ends_a_run_with_what_is_finished(number, workdir, capsys):
+    model, optimizer, scheduler = parts()
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop, one_line_errors(), Run(flags(), "student", {}) as run:
+        run.record(row(1, 40.0), checkpoint(model), optimizer, scheduler)
+        run.record(row(2, 45.0), checkpoint(model), optimizer, scheduler)
+        signal.raise_signal(number)
+        pytest.fail("the signal was missed")
+    assert stop.value.code == 128 + number
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "stopped after epoch 2 of 9; to go on:",
+        f"python {sys.argv[0]} --resume runs/student-001",
+    ]
+    assert read_weights(run.folder / "last.pt")[1]["provenance"]["epoch"] == 2
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_does_not_cut_into_the_end_of_an_epoch(workdir, monkeypatch):
+    model, optimizer, scheduler = parts()
+
+    told = []
+
+    def save_and_be_told_to_stop(*args, **kwargs):
+        if not told:
+            signal.raise_signal(signal.SIGTERM)
+        told.append(args)
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(experiment, "save", save_and_be_told_to_stop)
+    with pytest.raises(Stopped, match="after epoch 1"), Run(flags(), "student", {}) as run:
+        run.record(row(1, 40.0), checkpoint(model), optimizer, scheduler)
+    assert len(told) == 2
+    assert len((run.folder / "metrics.csv").read_text().splitlines()) == 2
+    assert read_weights(run.folder / "best.pt")
+
+
+def test_a_folder_is_for_one_process_at_a_time(workdir):
     run = Run(flags(), "student", {})
-    run.record(row(1, 40.0), checkpoint(model), optimizer, scheduler)
-    before = (run.folder / "last.pt").read_bytes()
-    with pytest.raises(UserError, match=r"epoch 2 is (nan|inf).*--lr"):
-        run.record(row(2, 10.0, loss), checkpoint(model), optimizer, scheduler)
-    assert (run.folder / "last.pt").read_bytes() == before
+    with pytest.raises(UserError, match=r"runs/student-001 is in use: another process"):
+        Run(flags(resume=run.folder), "student", {})
+    run.lock.close()  # the system does that for a killed process
+    Run(flags(resume=run.folder), "student", {})
 
 
 def test_the_end_exports_the_last_epoch_and_says_so(workdir, capsys):

@@ -56,7 +56,7 @@ def test_a_teacher_and_its_student(workdir, capsys):
     for kind, column in (("teacher", "train_accuracy"), ("student", "train_agreement")):
         run = demo / f"{kind}-001"
         assert {path.name for path in run.iterdir()} == {
-            *("config.json", "metrics.csv", "last.pt", "best.pt"),
+            *(".lock", "config.json", "metrics.csv", "last.pt", "best.pt"),
             *("train_val_losses.png", "val_accuracy.png"),
         }
         rows = metrics(run)

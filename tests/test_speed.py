@@ -1,13 +1,15 @@
 """The fast path computes what the plain one does, and the benchmark's two ways are runnable."""
 
+from argparse import Namespace
+
 import pytest
 import speed
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine import kd_loss
-from models import build_model
+from engine import TrainStep, build_optimizer, build_scheduler, kd_loss
+from models import build_model, cast_once
 
 
 def loss_and_gradient(channels_last: bool, amp: torch.dtype | None) -> tuple[torch.Tensor, ...]:
@@ -46,10 +48,53 @@ def test_the_plain_way_has_the_same_loss():
     assert kd_loss(student, teacher, 10.0).item() == pytest.approx(100 * plain.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("way", ["plain", "ours"])
-def test_each_way_runs_an_epoch(way, cifake):
+def test_a_teacher_cast_once_is_the_same_to_the_last_bit():
+    torch.manual_seed(0)
+    teacher = build_model(stem="imagenet").eval()
+    images = torch.randn(8, 3, 32, 32)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        before = teacher(images)
+        cast_once(teacher, torch.bfloat16)
+        after = teacher(images)
+    assert teacher.conv1.weight.dtype == torch.bfloat16
+    assert teacher.bn1.weight.dtype == torch.float32
+    assert torch.equal(before, after)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_recorded_graph_trains_as_the_ordinary_steps_do(optimizer):
+    """Same weights, same batches, a rate that changes in every step: the same losses."""
+    recipe = Namespace(**{**vars(speed.RECIPE), "optimizer": optimizer, "scheduler": "cosine"})
+    recipe.lr = 0.001
+    losses = {}
+    for graph in (False, True):
+        torch.manual_seed(0)
+        model = build_model(stem="imagenet").cuda().train()
+        batches = torch.randn(12, 32, 3, 32, 32, device="cuda")
+        labels = torch.arange(32, device="cuda") % 10
+        adam_or_sgd = build_optimizer(model, recipe)
+        scheduler = build_scheduler(adam_or_sgd, recipe, len(batches))
+
+        def loss_fn(images, labels, model=model):
+            logits = model(images)
+            return F.cross_entropy(logits, labels), logits.argmax(1) == labels
+
+        step, losses[graph] = TrainStep(loss_fn, adam_or_sgd, None, graph), []
+        for images in batches:
+            losses[graph].append(step(images, labels)[0].item())
+            scheduler.step()
+        assert (step.graph is not None) == graph
+    assert losses[True] == pytest.approx(losses[False], rel=1e-2)
+
+
+@pytest.mark.parametrize("way", speed.WAYS)
+def test_each_way_runs_an_epoch(way, cifake, monkeypatch):
+    monkeypatch.setattr(
+        torch, "compile", lambda model: model
+    )  # that takes a minute, and a compiler
     paths = sorted(cifake.glob("*.jpg")) * 4
-    getattr(speed, way)(paths, "imagenet", torch.device("cpu"))()
+    speed.WAYS[way](paths, "imagenet", torch.device("cpu"))()
 
 
 def test_the_arithmetic_is_counted():
