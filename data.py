@@ -11,25 +11,22 @@ import hashlib
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image  # comes with torchvision and matplotlib
+from PIL import Image, ImageOps  # comes with torchvision and matplotlib
 from torch import Tensor
 from torchvision.datasets import CIFAR10
-from torchvision.transforms.v2.functional import pil_to_tensor, resize
+from torchvision.transforms.v2.functional import resize
 
 from experiment import UserError
 from synthetic_data.demo_images import SHAPES, draw
-
-try:  # twice as fast as Pillow, and going away: deprecated since torchvision 0.29
-    from torchvision.io import ImageReadMode, decode_image
-except ImportError:
-    decode_image = None
 
 CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 
@@ -59,18 +56,22 @@ CIFAKE_BY_HAND = (
 
 @dataclass(frozen=True)
 class ImageSet:
-    """images: uint8 (N, 3, 32, 32), RGB; labels: int64 (N,), indices into `classes`."""
+    """images: uint8 (N, 3, 32, 32), RGB; labels: int64 (N,), indices into `classes`.
+
+    `skipped` counts the files that were left out because they could not be used.
+    """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.images)
 
     def first(self, n: int | None) -> "ImageSet":
         """The first n images, or all of them for None."""
-        return ImageSet(self.images[:n], self.labels[:n], self.classes)
+        return replace(self, images=self.images[:n], labels=self.labels[:n])
 
 
 # ------------------------------------------------------------------------------------ real images
@@ -139,11 +140,14 @@ def cifake_label(name: str) -> int:
     return int(match[1]) - 1
 
 
-def load_cifake(folder: str | Path, limit: int | None = None) -> ImageSet:
+def load_cifake(
+    folder: str | Path, limit: int | None = None, skip_bad_images: bool = False
+) -> ImageSet:
     """The images in `folder`, sorted by name; with `limit`, the first so many.
 
-    Files end in .jpg, .jpeg or .png, in any case, and are named as `cifake_label` expects. Nothing
-    but hidden files is passed over. Errors: UserError that names the file.
+    Files end in .jpg, .jpeg or .png, in any case, and are named as `cifake_label` expects, each
+    name once. Nothing but hidden files is passed over, unless `skip_bad_images` says to leave out,
+    count and report what cannot be used. Errors: UserError that names the file.
     """
     names = []
     if os.path.isdir(folder):
@@ -153,36 +157,87 @@ def load_cifake(folder: str | Path, limit: int | None = None) -> ImageSet:
             f"there are no synthetic images in {folder}: {CIFAKE_BY_HAND.format(folder=folder)}; "
             "or `pip install kagglehub` and add --download_synthetic; --demo needs no data"
         )
-    labels = []
-    for name in names:
-        path = os.path.join(folder, name)
-        if not name.lower().endswith((".jpg", ".jpeg", ".png")):
-            raise UserError(f"{path}: not a .jpg, .jpeg or .png file")
-        try:
-            labels.append(cifake_label(name))
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
-    names = names[:limit]
-    images = torch.empty((len(names), 3, 32, 32), dtype=torch.uint8)
-    for i, name in enumerate(names):
-        images[i] = load_image(os.path.join(folder, name))
-    return ImageSet(images, torch.tensor(labels[:limit]), CLASSES)
+    images = torch.empty((min(limit or len(names), len(names)), 3, 32, 32), dtype=torch.uint8)
+    labels: list[int] = []
+    stems: set[str] = set()
+    bad: list[UserError] = []
+    with _silent():
+        for name in names:
+            path = os.path.join(folder, name)
+            try:
+                label = _label(path, stems)
+                if len(labels) < len(images):  # beyond the limit, the name alone is looked at
+                    images[len(labels)] = _load_image(path)
+                    labels.append(label)
+            except UserError as error:
+                if not skip_bad_images:
+                    raise
+                bad.append(error)
+    if not labels:
+        raise UserError(f"none of the {len(names)} files in {folder} can be used: {bad[0]}")
+    if bad:
+        print(f"skipped {len(bad)} of {len(names)} files in {folder}; the first: {bad[0]}")
+    return ImageSet(images[: len(labels)], torch.tensor(labels), CLASSES, len(bad))
+
+
+def _label(path: str, stems: set[str]) -> int:
+    """The class of an image file, whose stem is added to those seen. Errors: UserError."""
+    stem, extension = os.path.splitext(os.path.basename(path))
+    if extension.lower() not in (".jpg", ".jpeg", ".png"):
+        raise UserError(f"{path}: not a .jpg, .jpeg or .png file")
+    try:
+        label = cifake_label(stem)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    if stem in stems:
+        raise UserError(f"{path}: another file has this name and another extension")
+    stems.add(stem)
+    return label
 
 
 def load_image(path: str | Path) -> Tensor:
-    """A picture of any size, in grey, RGB or RGBA, as uint8 (3, 32, 32). Errors: UserError."""
+    """A JPEG or PNG of any size, in grey, RGB, RGBA, palette or CMYK, as uint8 (3, 32, 32).
+
+    Transparency is dropped, and a camera's note of which side is up is followed. An image that is
+    cut short, has 16 bits a channel, moves, or has more than 89 million pixels is refused: none of
+    them is quietly made into something else. Errors: UserError.
+    """
+    with _silent():
+        return _load_image(path)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Pillow warns of is refused here, or harmless
+        yield
+
+
+def _load_image(path: str | Path) -> Tensor:
     try:
-        if decode_image is not None:
-            image = decode_image(str(path), ImageReadMode.RGB)  # (3, H, W)
-        else:  # the same pixels, for all of CIFAKE
-            with Image.open(path) as picture:
-                deep = picture.mode.startswith("I")  # 16 bits: refused below, not cut to 8
-                image = pil_to_tensor(picture if deep else picture.convert("RGB"))
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"{path}: not an image that can be read") from error
-    if image.dtype != torch.uint8 or image.ndim != 3:  # 16 bits a channel, or an animation
-        raise UserError(f"{path}: not a still image of 8 bits a channel")
+        with Image.open(path, formats=("JPEG", "PNG")) as picture:
+            pixels = _pixels(picture)  # (H, W, 3)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: too many pixels") from error
+    except Exception as error:  # the decoders raise nearly anything on a broken or hostile file
+        reason = f": {error.strerror}" if getattr(error, "strerror", None) else ""
+        raise UserError(f"{path}: not an image that can be read{reason}") from error
+    image = torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)
     return image if image.shape[1:] == (32, 32) else resize(image, [32, 32], antialias=True)
+
+
+def _pixels(picture: Image.Image) -> np.ndarray:
+    if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
+        raise UserError("too many pixels")
+    if "16" in str(picture.tile) or picture.mode.startswith("I"):
+        raise UserError("not an image of 8 bits a channel")
+    if picture.format == "PNG" and picture.n_frames > 1:
+        raise UserError("not a still image")
+    if "exif" in picture.info:
+        picture = ImageOps.exif_transpose(picture)
+    return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
 def download_cifake(folder: str | Path) -> None:
@@ -201,11 +256,14 @@ def download_cifake(folder: str | Path) -> None:
             f"--download_synthetic needs kagglehub: `pip install kagglehub`; or, by hand, {by_hand}"
         ) from error
     try:
-        fake = Path(kagglehub.dataset_download(CIFAKE)) / "train" / "FAKE"
+        fake = (Path(kagglehub.dataset_download(CIFAKE)) / "train" / "FAKE").resolve(strict=True)
     except Exception as error:  # kagglehub lets the errors of the HTTP libraries below it through
         raise UserError(
             f"kagglehub could not download CIFAKE ({error}); by hand: {by_hand}"
         ) from error
+    for path in fake.iterdir():
+        if path.is_symlink() or not path.is_file():
+            raise UserError(f"the downloaded {path} is not a plain file: CIFAKE has no other")
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(fake, partial)

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -157,13 +158,16 @@ class Run:
         path = self.folder / "last.pt"
         if path.exists():
             state = load(path)
-            model.load_state_dict(state["model"])
-            own = optimizer.state_dict()  # its options: what is fused depends on the device
-            optimizer.load_state_dict({**own, "state": state["optimizer"]["state"]})
-            scheduler.load_state_dict(state["scheduler"])
-            for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-                group["lr"] = float(lr)
-            self.history = state["history"]
+            try:
+                model.load_state_dict(state["model"])
+                own = optimizer.state_dict()  # its options: what is fused depends on the device
+                optimizer.load_state_dict({**own, "state": state["optimizer"]["state"]})
+                scheduler.load_state_dict(state["scheduler"])
+                for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                    group["lr"] = float(lr)
+                self.history = _checked(state["history"])
+            except Exception as error:  # a file that was tampered with can raise nearly anything
+                raise UserError(f"{path} is not the checkpoint of this run") from error
             self._write_metrics()
         return len(self.history) + 1
 
@@ -292,6 +296,15 @@ class Run:
         return {"run": str(self.folder), **last, **{key: self.config.get(key) for key in origin}}
 
 
+def _checked(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    for number, row in enumerate(history, start=1):
+        if row["epoch"] != number or not math.isfinite(sum(row.values()) + row["test_accuracy"]):
+            raise ValueError(f"row {number} of the history is {row}")
+    if not history:
+        raise ValueError("the history is empty")
+    return history
+
+
 def read_config(folder: Path) -> dict:
     """The `config.json` of a run. Errors: UserError when `folder` is not one."""
     path = folder / "config.json"
@@ -314,7 +327,8 @@ def _next_folder(name: str) -> Path:  # runs/student-001, runs/student-002, ...
 
 def refuse_if_used(folder: Path) -> None:
     """Errors: UserError when there is anything in the folder of a run that is to be new."""
-    if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
+    nothing = (LOCK, "config.json.tmp")  # what a run leaves that is killed in its first moment
+    if folder.is_dir() and any(path.name not in nothing for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty: name a new folder, or --resume {folder}")
 
 
@@ -377,14 +391,18 @@ def replacing(path: Path, tag: str = "") -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:  # a full disk, say: it names no file
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         beside.unlink(missing_ok=True)
 
 
 def save(path: Path, state: dict, tag: str = "") -> None:
     """`torch.save`, through `replacing`."""
+    buffer = io.BytesIO()  # writing to a file, torch.save hides that the disk is full
+    torch.save(state, buffer)
     with replacing(path, tag) as file:
-        torch.save(state, file)
+        file.write(buffer.getbuffer())
 
 
 def set_aside(path: Path) -> Path | None:
@@ -402,7 +420,9 @@ def load(path: str | Path) -> dict:
     if not Path(path).is_file():
         raise UserError(f"there is no weight file {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an odd file, which is refused below if it is bad
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises nearly anything on a broken or hostile file
         kind = type(error).__name__
         raise UserError(f"{path} is not a weight file, or not a safe one ({kind})") from error

@@ -32,9 +32,10 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self.source = ""  # where the flags come from, when not from the command line
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
+        self.exit(2, f"error: {self.source}{message} (--help lists the flags)\n")
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
@@ -189,7 +190,10 @@ def parse(parser: Parser, argv: Sequence[str] | None, kind: str, demo: dict) -> 
     if config.get("kind") != kind:
         raise UserError(f"{args.resume} is the run of a {config.get('kind')}, not of a {kind}")
     stored = _as_tokens(config["args"])
-    before, args = parser.parse_args(stored), parser.parse_args([*stored, *argv])
+    parser.source = f"{args.resume / 'config.json'}: "
+    before = parser.parse_args(stored)
+    parser.source = ""
+    args = parser.parse_args([*stored, *argv])
     for key, value in vars(args).items():
         was = getattr(before, key)
         if value != was and key not in FREE_ON_RESUME:

@@ -58,6 +58,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         action="store_true",
         help="fetch CIFAKE to there first, with the optional package kagglehub",
     )
+    data.add_argument(
+        "--skip_bad_images",
+        action="store_true",
+        help="leave out, count and report synthetic images that cannot be used; without it, the "
+        "first one stops the script",
+    )
     model = parser.add_argument_group("model (ResNet18)")
     model.add_argument(
         "--stem",
@@ -100,7 +106,7 @@ def main(args: Namespace) -> None:
     if args.demo:
         train_set, test_set = load_demo("synthetic").first(args.limit), load_demo("test")
     else:
-        train_set = load_cifake(args.synthetic_data_dir, args.limit)
+        train_set = load_cifake(args.synthetic_data_dir, args.limit, args.skip_bad_images)
         test_set = load_cifar10(args.data_dir, train=False)
     test_set = test_set.first(args.limit)
     train_loader = DeviceLoader(train_set, args.batch_size, device, train=True)
@@ -128,6 +134,7 @@ def main(args: Namespace) -> None:
     step = TrainStep(loss_fn, optimizer, amp, graph=not args.no_graph)
     identity = {
         "train_images": len(train_set),
+        "skipped_images": train_set.skipped,
         "test_images": len(test_set),
         "teacher_sha256": teacher_sha256,
     }

@@ -9,6 +9,7 @@ A folder under results/ serves as well as one under runs/.
 import argparse
 import csv
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def read_metrics(folder: str | Path) -> Metrics:
         with open(path, newline="") as file:
             rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
         metrics = {key: [row[key] for row in rows] for key in rows[0]}
+        if not all(math.isfinite(value) for column in metrics.values() for value in column):
+            raise ValueError
         needed = {"epoch", "train_loss", "test_loss", "test_accuracy"}
         if not needed <= metrics.keys() or not KINDS.keys() & metrics.keys():
             raise KeyError

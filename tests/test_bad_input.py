@@ -117,7 +117,7 @@ def test_synthetic_images(student, cifake, workdir):
         ("1000 (11).jpg", "1000 (11).jpg: (11) is no class"),
         ("kitten.jpg", "kitten.jpg: its name is neither"),
         ("list.csv", "list.csv: not a .jpg, .jpeg or .png file"),
-        ("1001 (3).png", "1001 (3).png: not an image that can be read"),
+        ("2001 (3).png", "2001 (3).png: not an image that can be read"),
     ]:
         (cifake / name).write_bytes(b"")
         student(message)

@@ -1,7 +1,12 @@
 import hashlib
+import io
+import os
 import pickle
+import re
 import shutil
+import struct
 import sys
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +17,16 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2 import functional as F
 
 import data
-from data import DeviceLoader, ImageSet, augment, cifake_label, load_cifake, load_cifar10, normalize
+from data import (
+    DeviceLoader,
+    ImageSet,
+    augment,
+    cifake_label,
+    load_cifake,
+    load_cifar10,
+    load_image,
+    normalize,
+)
 from experiment import UserError
 
 
@@ -63,40 +77,130 @@ def test_a_limit_takes_the_first_by_name(cifake):
     assert torch.equal(part.labels, whole.labels[:7])
 
 
-@pytest.mark.parametrize("decoder", ["torchvision", "Pillow"])
-def test_every_extension_size_and_mode_is_taken(decoder, tmp_path, monkeypatch):
-    if decoder == "Pillow":  # what remains when torchvision has dropped its decoders
-        monkeypatch.setattr(data, "decode_image", None)
+def test_every_extension_size_and_mode_is_taken(tmp_path):
     red, grey = (200, 40, 40), (90, 90, 90)
     Image.new("RGB", (32, 32), red).save(tmp_path / "1.png")
     Image.new("RGB", (48, 64), red).save(tmp_path / "2.JPG", quality=100)
     Image.new("RGB", (8, 8), red).save(tmp_path / "3 (2).JpEg", quality=100)
     Image.new("L", (32, 32), 90).save(tmp_path / "4.jpg", quality=100)
     Image.new("RGBA", (32, 32), (*red, 128)).save(tmp_path / "5.PNG")
+    Image.new("RGB", (32, 32), red).quantize().save(tmp_path / "6.png")
+    Image.new("RGB", (32, 32), red).convert("CMYK").save(tmp_path / "7.jpg", quality=100)
+    Image.new("RGB", (1, 1), red).save(tmp_path / "8.png")
+    Image.new("RGB", (5000, 1), red).save(tmp_path / "9.png")
+    Image.new("RGB", (32, 32), red).save(tmp_path / "10.jpg", format="png")  # misnamed, and clear
+    os.symlink(tmp_path / "1.png", tmp_path / "11.png")
     (tmp_path / ".DS_Store").write_bytes(b"hidden files are passed over")
 
     loaded = load_cifake(tmp_path)
-    assert loaded.labels.tolist() == [0, 0, 1, 0, 0]
-    for image, colour in zip(loaded.images, [red, red, red, grey, red], strict=True):
-        assert (image.int() - torch.tensor(colour).view(3, 1, 1)).abs().max() <= 3
+    names = "1.png 10.jpg 11.png 2.JPG 3 4.jpg 5.PNG 6.png 7.jpg 8.png 9.png".split()
+    assert loaded.labels.tolist() == [int(name == "3") for name in names]
+    for name, image in zip(names, loaded.images, strict=True):
+        colour = torch.tensor(grey if name == "4.jpg" else red).view(3, 1, 1)
+        assert (image.int() - colour).abs().max() <= 3, name
 
 
-@pytest.mark.parametrize("decoder", ["torchvision", "Pillow"])
-def test_sixteen_bits_are_not_taken_for_eight(decoder, tmp_path, monkeypatch):
-    if decoder == "Pillow":
-        monkeypatch.setattr(data, "decode_image", None)
-    deep = np.linspace(0, 65535, 1024).astype(np.uint16).reshape(32, 32)
-    Image.fromarray(deep).save(tmp_path / "1.png")
-    with pytest.raises(UserError, match=r"1\.png: not a still image of 8 bits a channel"):
-        load_cifake(tmp_path)
+def test_a_camera_that_was_turned_is_followed(tmp_path):
+    picture = Image.new("RGB", (32, 32))
+    picture.paste((255, 255, 255), (0, 0, 32, 16))  # the upper half is white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the row that comes first is the right-hand side
+    picture.save(tmp_path / "1.png", exif=exif)
+    image = load_image(tmp_path / "1.png")
+    assert image[:, :, 16:].min() == 255
+    assert image[:, :, :16].max() == 0
 
 
-def test_both_decoders_give_the_same_pixels(cifake, monkeypatch):
-    if data.decode_image is None:
-        pytest.skip("this torchvision has no decoder")
-    by_torchvision = load_cifake(cifake).images
-    monkeypatch.setattr(data, "decode_image", None)
-    assert torch.equal(load_cifake(cifake).images, by_torchvision)
+def png(width: int, height: int, depth: int, pixels: bytes) -> bytes:
+    """A PNG in RGB, of whatever its head claims."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + head + body
+
+
+def encoded(picture: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+DEEP = Image.fromarray(np.linspace(0, 65535, 1024).astype(np.uint16).reshape(32, 32))
+HUGE_JPEG = re.sub(b"(?s)(?<=\xff\xc0...).{4}", b"\xff" * 4, encoded(NOISE, "JPEG"))
+BAD_IMAGES = {
+    "empty": (b"", "not an image that can be read"),
+    "text": (b"kitten", "not an image that can be read"),
+    "a JPEG cut short": (encoded(NOISE, "JPEG")[:-200], "not an image that can be read"),
+    "a PNG cut short": (encoded(NOISE, "PNG")[:-200], "not an image that can be read"),
+    "a head alone": (encoded(NOISE, "PNG")[:60], "not an image that can be read"),
+    "another format": (encoded(NOISE, "GIF"), "not an image that can be read"),
+    "16 bits, grey": (encoded(DEEP, "PNG"), "not an image of 8 bits a channel"),
+    "16 bits, colour": (png(32, 32, 16, (b"\0" + b"\1\2" * 96) * 32), "not an image of 8 bits"),
+    "moving": (
+        encoded(NOISE, "PNG", save_all=True, append_images=[NOISE.rotate(90)]),
+        "not a still image",
+    ),
+    "100 megapixels": (png(10_000, 10_000, 8, b""), "too many pixels"),
+    "3.6 gigapixels": (png(60_000, 60_000, 8, b""), "too many pixels"),
+    "4.3 gigapixels": (HUGE_JPEG, "too many pixels"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_a_bad_image_is_named_or_skipped(name, cifake, capfd, recwarn):
+    content, message = BAD_IMAGES[name]
+    path = cifake / "1002 (3).jpg"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as stop:
+        load_cifake(cifake)
+    assert str(stop.value).startswith(f"{path}: {message}")
+    assert len(load_cifake(cifake, limit=5)) == 5  # beyond the limit it is not opened
+    assert capfd.readouterr().out == ""
+
+    good = load_cifake(cifake, skip_bad_images=True)
+    assert (len(good), good.skipped) == (39, 1)
+    assert good.labels.tolist().count(2) == 3
+    said = capfd.readouterr()
+    assert said.out.startswith(f"skipped 1 of 40 files in {cifake}; the first: {path}: {message}")
+    assert (said.err, len(recwarn)) == ("", 0)
+
+
+def test_what_is_no_plain_file_is_named(cifake):
+    def refused(message):
+        with pytest.raises(UserError, match=message):
+            load_cifake(cifake)
+        assert load_cifake(cifake, skip_bad_images=True).skipped == 1
+
+    (cifake / "2000.jpg").mkdir()
+    refused(r"2000.jpg: not an image that can be read: Is a directory")
+    (cifake / "2000.jpg").rmdir()
+    (cifake / "2000.jpg").symlink_to("nowhere")
+    refused(r"2000.jpg: not an image that can be read: No such file")
+    (cifake / "2000.jpg").unlink()
+    (cifake / "2000.jpg").symlink_to("2000.jpg")
+    refused(r"2000.jpg: not an image that can be read: Too many levels of symbolic links")
+    (cifake / "2000.jpg").unlink()
+    if os.geteuid() != 0:  # root may read all
+        (cifake / "2000.jpg").touch(mode=0)
+        refused(r"2000.jpg: not an image that can be read: Permission denied")
+        (cifake / "2000.jpg").unlink()
+    (cifake / "1000 (2).JPEG").write_bytes((cifake / "1000 (2).jpg").read_bytes())
+    refused(r"1000 \(2\)\.(jpg|JPEG): another file has this name and another extension")
+    (cifake / "1000 (2).JPEG").unlink()
+    odd = os.fsencode(cifake) + b"/10\n\xff.jpg"
+    open(odd, "wb").close()
+    refused("its name is neither")
+
+
+def test_a_folder_without_a_single_good_image_is_refused_anyway(tmp_path):
+    (tmp_path / "1.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"none of the 1 files in .* can be used: .*1.jpg: not an"):
+        load_cifake(tmp_path, skip_bad_images=True)
 
 
 def test_what_does_not_belong_in_the_folder_is_named(cifake):
@@ -104,7 +208,7 @@ def test_what_does_not_belong_in_the_folder_is_named(cifake):
         ("notes.txt", b"", "notes.txt: not a .jpg, .jpeg or .png file"),
         ("cat.jpg", b"", "cat.jpg: its name is neither"),
         ("1000 (12).jpg", b"", r"1000 \(12\).jpg: \(12\) is no class"),
-        ("1000 (2).png", b"no picture", r"1000 \(2\).png: not an image that can be read"),
+        ("2000 (2).png", b"no picture", r"2000 \(2\).png: not an image that can be read"),
         ("9999.jpg", b"", "9999.jpg: not an image that can be read"),
     ]:
         (cifake / name).write_bytes(content)
@@ -142,6 +246,21 @@ def test_cifake_is_laid_out_from_the_download(cifake, tmp_path, monkeypatch):
     assert asked == ["birdy654/cifake-real-and-ai-generated-synthetic-images"]
     assert torch.equal(load_cifake(target).images, load_cifake(cifake).images)
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_a_download_that_holds_more_than_images_is_refused(kind, cifake, tmp_path, monkeypatch):
+    """What an archive could do: a member that is a link to a file outside."""
+    secret = tmp_path / "secret.jpg"
+    secret.write_text("not for the training set")
+    shutil.copytree(cifake, tmp_path / "cache" / "train" / "FAKE")
+    member = tmp_path / "cache" / "train" / "FAKE" / "5000.jpg"
+    member.symlink_to(secret) if kind == "link" else member.mkdir()
+    fake = SimpleNamespace(dataset_download=lambda handle: str(tmp_path / "cache"))
+    monkeypatch.setitem(sys.modules, "kagglehub", fake)
+    with pytest.raises(UserError, match=r"5000.jpg is not a plain file"):
+        data.download_cifake(tmp_path / "target")
+    assert not (tmp_path / "target").exists()
 
 
 def test_a_download_that_fails_tells_the_steps_by_hand(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import os
+import resource
 import signal
 import sys
 from argparse import Namespace
@@ -271,13 +272,30 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(workdir):
             file.write(b"half of the n")
             raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"file cannot be written: disk full"):
         fail()
     assert path.read_text() == "old"
     assert os.listdir(workdir) == ["file"]
     save(path, {"a": 1})
     assert torch.load(path, weights_only=True) == {"a": 1}
     assert os.listdir(workdir) == ["file"]
+
+
+def test_a_full_disk_is_one_line_and_spares_the_last_checkpoint(workdir, monkeypatch):
+    monkeypatch.setattr(experiment, "SAVE_EVERY", 0)
+    model, optimizer, scheduler = parts()
+    with Run(flags(), "student", {}) as run:
+        run.record(row(1, 40.0), checkpoint(model), optimizer, scheduler)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))  # bytes a file may have
+        try:
+            with pytest.raises(UserError, match=r"last.pt cannot be written: File too large"):
+                run.record(row(2, 35.0), checkpoint(model), optimizer, scheduler)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert read_weights(run.folder / "last.pt")[1]["provenance"]["epoch"] == 1
+    assert len((run.folder / "metrics.csv").read_text().splitlines()) == 2
+    assert not list(run.folder.glob("*.tmp"))
 
 
 def test_every_epoch_draws_its_own_numbers_from_the_seed():

@@ -2,10 +2,12 @@
 
 import csv
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import kill_test
 import pytest
 import torch
 from conftest import REPOSITORY, TINY, run_student, run_teacher
@@ -211,6 +213,32 @@ def test_everything_is_a_process_too(workdir):
     assert missing.returncode == 1
     assert missing.stderr.startswith("error: no teacher at no.pth: make one with")
     assert len(missing.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_is_told_to_stop_says_how_to_go_on(number, workdir):
+    script = str(REPOSITORY / "main_train_cifar10.py")
+    command = [sys.executable, script, *TINY, "--epochs", "500", "--teacher_weights", "random"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith("epoch 3/500"):
+        assert process.poll() is None
+    process.send_signal(number)
+    said, errors = process.communicate()
+    assert process.returncode == 128 + number
+    finished = 3 + said.count("epoch ")
+    assert errors.strip().splitlines() == [
+        f"stopped after epoch {finished} of 500; to go on:",
+        f"python {script} --resume runs/demo/student-001",
+    ]
+    assert [int(row["epoch"]) for row in metrics(Path("runs/demo/student-001"))] == [
+        *range(1, finished + 1)
+    ]
+    assert read_weights("runs/demo/student-001/last.pt")[1]["provenance"]["epoch"] == finished
+
+
+def test_killed_runs_end_as_if_nothing_had_happened(capsys):
+    kill_test.main(kill_test.parse_args(["--kills", "3", "--scripts", kill_test.SCRIPTS[1]]))
+    assert "0 different, 0 unreadable files" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")

@@ -1,0 +1,60 @@
+"""Does a long run grow? Resident memory and open files over 200 short epochs of the student.
+
+    python benchmarks/long_run.py
+
+Runs the demo's student in this process, with an untrained teacher and small epochs, and writes
+checkpoints, table and plots after every one of them. Linux only: it reads /proc/self.
+"""
+
+import os
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+import experiment  # noqa: E402
+import flags  # noqa: E402
+import main_train_cifar10 as student_script  # noqa: E402
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    parser = flags.Parser(__doc__)
+    parser.add_argument("--epochs", type=flags.whole(1, 10**5), default=200, help="[%(default)s]")
+    parser.add_argument("--every", type=flags.whole(1, 10**5), default=10, help="[%(default)s]")
+    return parser.parse_args(argv)
+
+
+def main(args: Namespace) -> None:
+    experiment.SAVE_EVERY = 0
+    epochs, evaluate = 0, student_script.evaluate
+
+    def counted(*given):  # called once before training, for the teacher, and once an epoch
+        nonlocal epochs
+        result = evaluate(*given)
+        if epochs and epochs % args.every == 0:
+            files = len(os.listdir("/proc/self/fd"))
+            print(f"{epochs}, {resident_mb():.0f} MB, {files}", file=sys.stderr)
+        epochs += 1
+        return result
+
+    student_script.evaluate = counted
+    print("epoch, resident, open files", file=sys.stderr)
+    argv = f"--demo --epochs {args.epochs} --limit 64 --batch_size 32 --teacher_weights random"
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        student_script.main(student_script.parse_args([*argv.split(), "--device", "cpu"]))
+        os.chdir(REPOSITORY)
+
+
+if __name__ == "__main__":
+    with experiment.one_line_errors():
+        main(parse_args())
