@@ -2,8 +2,8 @@
 
     files -> ImageSet (uint8, all in memory) -> DeviceLoader -> normalised float batches
 
-50,000 images of 32x32 are 154 MB: they live on the device as uint8, and each batch is cropped,
-flipped and normalised there. No worker processes; an epoch copies four index vectors to the device.
+50,000 images of 32x32 are 154 MB: they live on the device as uint8, and each batch is augmented and
+normalised there. No worker processes; an epoch copies a few vectors of draws to the device.
 """
 
 import functools
@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps  # comes with torchvision and matplotlib
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2.functional import resize
 
+from augmentations import AUGMENTATIONS, MIXES, draw_mixes, mix_labels
 from experiment import UserError
 from synthetic_data.demo_images import SHAPES, draw
 
@@ -72,6 +72,18 @@ class ImageSet:
     def first(self, n: int | None) -> "ImageSet":
         """The first n images, or all of them for None."""
         return replace(self, images=self.images[:n], labels=self.labels[:n])
+
+    def hold_out(self, n: int) -> tuple["ImageSet", "ImageSet"]:
+        """All but n images, and those n: the same ones in every run. Errors: UserError."""
+        if n >= len(self):
+            raise UserError(f"--holdout {n} leaves nothing of {len(self)} training images")
+        held = torch.zeros(len(self), dtype=torch.bool)
+        held[torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:n]] = True
+        rest, apart = (
+            replace(self, images=self.images[which], labels=self.labels[which])
+            for which in (~held, held)
+        )
+        return rest, apart
 
 
 # ------------------------------------------------------------------------------------ real images
@@ -270,6 +282,13 @@ def download_cifake(folder: str | Path) -> None:
     partial.replace(folder)
 
 
+def load_noise(n: int = 50_000) -> ImageSet:
+    """Uniform noise, the same in every run: what a student learns from without any pictures."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return ImageSet(images, torch.zeros(n, dtype=torch.int64), CLASSES)
+
+
 def load_demo(part: str) -> ImageSet:
     """The demo set: `part` is "train" or "test", in the real style, or "synthetic"."""
     style, count, seed = {
@@ -285,9 +304,9 @@ def load_demo(part: str) -> ImageSet:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32 in channels-last, standardised with `MEAN` and `STD`."""
+    """(B, 3, H, W), 0 to 255 -> float32 in channels-last, standardised with `MEAN` and `STD`."""
     mean, std = _statistics(images.device)
-    images = images.to(torch.float32, memory_format=torch.channels_last)
+    images = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
     return images.sub_(mean).div_(std)
 
 
@@ -298,32 +317,26 @@ def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def augment(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, padding: int = 4) -> Tensor:
-    """Crop each picture out of its zero-padded self, then mirror it where `flip`.
-
-    images: (B, 3, H, W) of any dtype; top, left: int64 (B,) from 0 to 2 * padding, the corner of
-    the crop; flip: bool (B,). The same as torchvision's RandomCrop and RandomHorizontalFlip on
-    these draws.
-    """
-    height, width = images.shape[2:]
-    padded = F.pad(images, [padding] * 4)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 9, 9, H, W), a view
-    crops = windows[torch.arange(len(images), device=images.device), :, top, left]  # (B, 3, H, W)
-    return torch.where(flip[:, None, None, None], crops.flip(3), crops)
-
-
 class DeviceLoader:
     """Batches of an ImageSet that lives on `device`: float32 (B, 3, 32, 32), int64 (B,).
 
-    With `train`, the order, the crops (padding 4) and the flips are drawn anew for each epoch, from
-    PyTorch's CPU generator: a seed gives the same views on every device. The few images left over
-    by the last full batch sit that epoch out, so that every step has the same shapes. Without
-    `train`, every image comes once, in order and as it is. Errors: UserError if there is no full
-    training batch.
+    With `train`, the order and the draws of `augment`, one of AUGMENTATIONS, are made anew for each
+    epoch, from PyTorch's CPU generator: a seed gives the same views on every device. The few images
+    left over by the last full batch sit that epoch out, so that every step has the same shapes.
+    With `mix`, one of MIXES, every batch is mixed, by shares from Beta(mix_alpha, mix_alpha), and
+    labels become shares of the classes, float32 (B, classes). Without `train`, every image comes
+    once, in order and as it is. Errors: UserError if there is no full training batch.
     """
 
     def __init__(
-        self, data: ImageSet, batch_size: int, device: torch.device | str, train: bool
+        self,
+        data: ImageSet,
+        batch_size: int,
+        device: torch.device | str,
+        train: bool,
+        augment: str = "crop",
+        mix: str = "none",
+        mix_alpha: float = 1.0,
     ) -> None:
         if train and batch_size > len(data):
             raise UserError(
@@ -331,22 +344,29 @@ class DeviceLoader:
             )
         self.images, self.labels = data.images.to(device), data.labels.to(device)
         self.batch_size, self.device, self.train = batch_size, torch.device(device), train
+        self.augment, self.mix, self.mix_alpha = augment, mix, mix_alpha
+        self.classes = len(data.classes)
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.images), self.batch_size)
         return full if self.train else full + (rest > 0)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        n = len(self.images)
-        if self.train:
-            order = torch.randperm(n).to(self.device)
-            top, left = torch.randint(0, 9, (2, n)).to(self.device)
-            flip = (torch.rand(n) < 0.5).to(self.device)
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            if self.train:
-                index = order[batch]
-                images = augment(self.images[index], top[batch], left[batch], flip[batch])
-                yield normalize(images), self.labels[index]
-            else:
+        batches = [slice(i * self.batch_size, (i + 1) * self.batch_size) for i in range(len(self))]
+        if not self.train:
+            for batch in batches:
                 yield normalize(self.images[batch]), self.labels[batch]
+            return
+        order = torch.randperm(len(self.images)).to(self.device)
+        draw, augment = AUGMENTATIONS[self.augment]
+        draws = [values.to(self.device) for values in draw(len(self.images))]
+        if self.mix != "none":
+            mixes = [x.to(self.device) for x in draw_mixes(len(self), self.mix_alpha)]
+        for i, batch in enumerate(batches):
+            index = order[batch]
+            labels = self.labels[index]
+            images = normalize(augment(self.images[index], *(values[batch] for values in draws)))
+            if self.mix != "none":
+                images, share = MIXES[self.mix](images, *(values[i] for values in mixes))
+                labels = mix_labels(labels, share, self.classes)
+            yield images, labels

@@ -4,6 +4,7 @@ The loops return plain dicts of floats. Sums are kept on the device and read whe
 only places that wait for the device.
 """
 
+import copy
 import math
 import time
 from argparse import Namespace
@@ -38,7 +39,7 @@ class TrainStep:
 
     `loss_fn(images, labels)` returns the loss to minimise, a scalar, and the hits: (B,) bool, true
     where the prediction equals its target (the label, or the teacher's choice). `amp` is the
-    autocast dtype.
+    autocast dtype; `after` is called when the weights are new.
 
     A GPU is done with a step's hundreds of kernels before Python has launched them. So, with
     `graph` and on CUDA, the steps after the first few are replays of one recorded CUDA graph, a
@@ -55,8 +56,9 @@ class TrainStep:
         optimizer: Optimizer,
         amp: torch.dtype | None = None,
         graph: bool = True,
+        after: Callable[[], None] | None = None,
     ) -> None:
-        self.loss_fn, self.optimizer, self.amp = loss_fn, optimizer, amp
+        self.loss_fn, self.optimizer, self.amp, self.after = loss_fn, optimizer, amp, after
         self.device = optimizer.param_groups[0]["params"][0].device
         self.records = graph and self.device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -81,6 +83,8 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
+        if self.after is not None:
+            self.after()
         return loss.detach(), hits
 
     def _warm_up(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,6 +134,28 @@ def train_one_epoch(
     return {"loss": loss, "hits": hits, "images_per_second": count / (time.perf_counter() - began)}
 
 
+class WeightAverage:
+    """`average.model` follows `model`: an exponential moving average of its weights and statistics.
+
+    After each update it holds `decay` of what it held and 1 - decay of what `model` holds now.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.pairs = list(
+            zip(self.model.state_dict().values(), model.state_dict().values(), strict=True)
+        )
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for average, now in self.pairs:
+            if average.is_floating_point():
+                average.lerp_(now, 1 - self.decay)
+            else:  # a counter
+                average.copy_(now)
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module, loader: DeviceLoader, amp: torch.dtype | None = None
@@ -145,6 +171,45 @@ def evaluate(
         hit_sum += (logits.argmax(1) == labels).sum()
     count = len(loader.images)
     return {"loss": loss_sum.item() / count, "accuracy": 100 * hit_sum.item() / count}
+
+
+@torch.inference_mode()
+def evaluate_kd(
+    student: nn.Module,
+    teacher: nn.Module,
+    loader: DeviceLoader,
+    temperature: float,
+    amp: torch.dtype | None = None,
+) -> dict[str, float]:
+    """How well a student matches its teacher: `loss`, the mean KD loss, and `agreement`, percent.
+
+    Neither needs a label or a real image, so that a recipe can be chosen by them.
+    """
+    student.eval()
+    loss_sum = torch.zeros((), device=loader.device, dtype=torch.float64)
+    hit_sum = torch.zeros((), device=loader.device, dtype=torch.int64)
+    for images, _ in loader:
+        with torch.autocast(loader.device.type, dtype=amp, enabled=amp is not None):
+            student_logits, teacher_logits = student(images), teacher(images)
+        loss_sum += kd_loss(student_logits, teacher_logits, temperature) * len(images)
+        hit_sum += (student_logits.argmax(1) == teacher_logits.argmax(1)).sum()
+    count = len(loader.images)
+    return {"loss": loss_sum.item() / count, "agreement": 100 * hit_sum.item() / count}
+
+
+@torch.inference_mode()
+def per_class_accuracy(
+    model: nn.Module, loader: DeviceLoader, amp: torch.dtype | None = None
+) -> list[float]:
+    """Percent of the images of each class that are classified rightly, in the order of classes."""
+    model.eval()
+    right = torch.zeros(loader.classes, device=loader.device)
+    for images, labels in loader:
+        with torch.autocast(loader.device.type, dtype=amp, enabled=amp is not None):
+            hits = model(images).argmax(1) == labels
+        right += torch.bincount(labels[hits], minlength=loader.classes)
+    counts = torch.bincount(loader.labels, minlength=loader.classes)
+    return (100 * right / counts.clamp(min=1)).tolist()
 
 
 def build_optimizer(model: nn.Module, args: Namespace) -> Optimizer:

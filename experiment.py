@@ -5,6 +5,7 @@ runs/student-001/
     metrics.csv    one row an epoch
     last.pt        the network of the last finished epoch, and all that training goes on with
     best.pt        the network of the best epoch on the test set: only to compare with papers
+    per_class.csv  the accuracy of each class at the end
     train_val_losses.png, val_accuracy.png
 """
 
@@ -153,13 +154,24 @@ class Run:
                 file.write((json.dumps(self.config, indent=2, default=str) + "\n").encode())
         print(f"run: {self.folder} (after a stop: --resume {self.folder})", flush=True)
 
-    def restore(self, model: nn.Module, optimizer: Optimizer, scheduler: LambdaLR) -> int:
-        """Load `last.pt`, if there is one yet; returns the epoch to train next, counted from 1."""
+    def restore(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scheduler: LambdaLR,
+        trained: nn.Module | None = None,
+    ) -> int:
+        """Load `last.pt`, if there is one yet; returns the epoch to train next, counted from 1.
+
+        `trained` is the network that training goes on with, where `model` is its average.
+        """
         path = self.folder / "last.pt"
         if path.exists():
             state = load(path)
             try:
                 model.load_state_dict(state["model"])
+                if trained is not None:
+                    trained.load_state_dict(state["trained"])
                 own = optimizer.state_dict()  # its options: what is fused depends on the device
                 optimizer.load_state_dict({**own, "state": state["optimizer"]["state"]})
                 scheduler.load_state_dict(state["scheduler"])
@@ -177,13 +189,16 @@ class Run:
         checkpoint: dict,
         optimizer: Optimizer,
         scheduler: LambdaLR,
+        trained: nn.Module | None = None,
     ) -> bool:
-        """End an epoch; true if its files were written at once."""
+        """End an epoch; true if its files were written at once. `trained`: see `restore`."""
         self._check(row, checkpoint["model"])
         self.busy = True  # a signal waits until history and files agree again
         self.history.append(row)
         checkpoint = {**checkpoint, "provenance": self._provenance()}
         training = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+        if trained is not None:
+            training["trained"] = trained.state_dict()
         last = _copied({**checkpoint, **training, "history": self.history})
         self.waiting["last.pt"] = last
         if self.best is row:
@@ -252,12 +267,17 @@ class Run:
         """The first row with the highest test accuracy. It is reported, and decides nothing."""
         return max(self.history, key=lambda row: row["test_accuracy"])
 
-    def finish(self, checkpoint: dict) -> None:
+    def finish(self, checkpoint: dict, per_class: list[float]) -> None:
         """Export the network of the last epoch to `--output`, and print what came out.
 
         A file that is already there is not lost, unless this very run has made it: it is renamed.
+        `per_class`, the accuracy of each class in percent, goes to `per_class.csv`.
         """
         self.flush()
+        table = zip(checkpoint["classes"], per_class, strict=True)
+        with replacing(self.folder / "per_class.csv") as file:
+            file.write(b"class,test_accuracy\n")
+            file.write("".join(f"{name},{value:.7g}\n" for name, value in table).encode())
         kept = None if self._made(self.output) else set_aside(self.output)
         state = {**checkpoint, "provenance": self._provenance()}
         save(self.output, state, tag=f".{self.folder.name}")
@@ -269,7 +289,7 @@ class Run:
             "only to compare\n"
             f"time   {minutes} min {seconds} s on {self.config['hardware']}\n"
             f"saved  {self.output}\n"
-            f"       {self.folder}/metrics.csv, train_val_losses.png, val_accuracy.png, last.pt"
+            f"       {self.folder}/metrics.csv, train_val_losses.png, val_accuracy.png, ..."
         )
         if kept:
             print(f"kept   {kept}, the former {self.output.name}")

@@ -18,7 +18,15 @@ from torch import Tensor
 
 import flags
 from data import TEST_BATCH_SIZE, DeviceLoader, load_cifar10, load_demo
-from engine import TrainStep, build_optimizer, build_scheduler, evaluate, train_one_epoch
+from engine import (
+    TrainStep,
+    WeightAverage,
+    build_optimizer,
+    build_scheduler,
+    evaluate,
+    per_class_accuracy,
+    train_one_epoch,
+)
 from experiment import Progress, Run, one_line_errors, pick_device, seed_everything
 from models import STEMS, build_model, init_from, to_checkpoint
 from plots import plot_run
@@ -52,6 +60,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         "torchvision's ResNet18 [%(default)s]",
     )
     flags.add_optimisation_flags(parser, **RECIPE)
+    flags.add_augmentation_flags(parser)
     flags.add_run_flags(parser, "teacher", "teacher_cifar10_finetuned.pth")
     return flags.parse(parser, argv, "teacher", DEMO)
 
@@ -66,7 +75,9 @@ def main(args: Namespace) -> None:
         train_set = load_cifar10(args.data_dir, train=True)
         test_set = load_cifar10(args.data_dir, train=False)
     train_set, test_set = train_set.first(args.limit), test_set.first(args.limit)
-    train_loader = DeviceLoader(train_set, args.batch_size, device, train=True)
+    train_loader = DeviceLoader(
+        *(train_set, args.batch_size, device, True), args.augment, args.mix, args.mix_alpha
+    )
     test_loader = DeviceLoader(test_set, TEST_BATCH_SIZE, device, train=False)
 
     # model, optimizer, scheduler
@@ -79,19 +90,22 @@ def main(args: Namespace) -> None:
 
     def loss_fn(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = teacher(images)
-        return F.cross_entropy(logits, labels), logits.argmax(1) == labels
+        main_labels = labels if labels.ndim == 1 else labels.argmax(1)  # of mixed images, shares
+        return F.cross_entropy(logits, labels), logits.argmax(1) == main_labels
 
     # the run
-    step = TrainStep(loss_fn, optimizer, amp, graph=not args.no_graph)
+    average = WeightAverage(teacher, args.ema) if args.ema else None
+    shown, trained = (average.model, teacher) if average else (teacher, None)
+    step = TrainStep(loss_fn, optimizer, amp, not args.no_graph, average and average.update)
     run = Run(args, "teacher", {"train_images": len(train_set), "test_images": len(test_set)})
-    first_epoch = run.restore(teacher, optimizer, scheduler)
+    first_epoch = run.restore(shown, optimizer, scheduler, trained)
     progress = Progress(first_epoch, args.epochs, len(train_loader) * args.batch_size)
     with run:
         for epoch in range(first_epoch, args.epochs + 1):
             began, lr = time.perf_counter(), float(scheduler.get_last_lr()[0])
             seed_everything(args.seed, epoch)
             train = train_one_epoch(teacher, train_loader, step, scheduler, progress.on_batch)
-            test = evaluate(teacher, test_loader, amp)
+            test = evaluate(shown, test_loader, amp)
             row = {
                 "epoch": epoch,
                 "lr": lr,
@@ -102,11 +116,13 @@ def main(args: Namespace) -> None:
                 "seconds": time.perf_counter() - began,
                 "images_per_second": train["images_per_second"],
             }
-            if run.record(row, to_checkpoint(teacher, test_set.classes), optimizer, scheduler):
+            checkpoint = to_checkpoint(shown, test_set.classes)
+            if run.record(row, checkpoint, optimizer, scheduler, trained):
                 plot_run(run.folder)
             progress.epoch(row)
         progress.close()
-        run.finish(to_checkpoint(teacher, test_set.classes))
+        per_class = per_class_accuracy(shown, test_loader, amp)
+        run.finish(to_checkpoint(shown, test_set.classes), per_class)
         plot_run(run.folder)
 
 

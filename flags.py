@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import torch
 
+from augmentations import AUGMENTATIONS, MIXES
 from experiment import UserError, read_config, refuse_if_used
 
 # What may change when a run goes on: where things lie and what it runs on, not what it computes.
@@ -114,6 +115,13 @@ def add_optimisation_flags(parser: Parser, **recipe) -> None:
     add("--lr", type=number(0, 1000, above=True), metavar="X", help="peak rate [%(default)s]")
     add("--momentum", type=number(0, 0.9999), metavar="X", help="of SGD [%(default)s]")
     add("--nesterov", action="store_true", help="use Nesterov's momentum in SGD")
+    add(
+        "--ema",
+        type=number(0, 0.99999),
+        metavar="X",
+        help="test and keep an exponential moving average of the weights, of this decay a batch; "
+        "0 for none [%(default)s]",
+    )
     add("--weight_decay", type=number(0, 10), metavar="X", help="L2 penalty [%(default)s]")
     add(
         "--scheduler",
@@ -128,7 +136,34 @@ def add_optimisation_flags(parser: Parser, **recipe) -> None:
         help="where multistep drops the rate, as fractions of the run [0.5 0.8]",
     )
     add("--gamma", type=number(0, 1, above=True), metavar="X", help="factor of each [%(default)s]")
-    parser.set_defaults(batch_size=128, momentum=0.9, milestones=[0.5, 0.8], gamma=0.1, **recipe)
+    parser.set_defaults(
+        batch_size=128, momentum=0.9, ema=0.0, milestones=[0.5, 0.8], gamma=0.1, **recipe
+    )
+
+
+def add_augmentation_flags(parser: Parser) -> None:
+    """--augment, --mix and --mix_alpha: what training images go through."""
+    add = parser.add_argument_group("augmentation").add_argument
+    add(
+        "--augment",
+        choices=tuple(AUGMENTATIONS),
+        default="crop",
+        help="crop: shifted by up to 4 pixels and mirrored; strong: resized parts with other "
+        "colours, mirrored [%(default)s]",
+    )
+    add(
+        "--mix",
+        choices=("none", *MIXES),
+        default="none",
+        help="mix every batch with itself; teacher and student see the same [%(default)s]",
+    )
+    add(
+        "--mix_alpha",
+        type=number(0, 100, above=True),
+        default=1.0,
+        metavar="X",
+        help="shares of mixed images come from Beta(X, X) [%(default)s]",
+    )
 
 
 def add_run_flags(parser: Parser, kind: str, output: str) -> None:

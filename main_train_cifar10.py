@@ -17,18 +17,31 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flags
 from data import (
     TEST_BATCH_SIZE,
     DeviceLoader,
+    ImageSet,
     download_cifake,
     load_cifake,
     load_cifar10,
     load_demo,
+    load_noise,
 )
-from engine import TrainStep, build_optimizer, build_scheduler, evaluate, kd_loss, train_one_epoch
+from engine import (
+    TrainStep,
+    WeightAverage,
+    build_optimizer,
+    build_scheduler,
+    evaluate,
+    evaluate_kd,
+    kd_loss,
+    per_class_accuracy,
+    train_one_epoch,
+)
 from experiment import Progress, Run, UserError, one_line_errors, pick_device, seed_everything
 from models import STEMS, build_model, cast_once, load_model, to_checkpoint
 from plots import plot_run
@@ -64,6 +77,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         help="leave out, count and report synthetic images that cannot be used; without it, the "
         "first one stops the script",
     )
+    data.add_argument(
+        "--holdout",
+        type=flags.whole(0, 10**9),
+        default=0,
+        metavar="N",
+        help="keep N training images apart, to choose a recipe by how well the student matches the "
+        "teacher on them: columns val_kd_loss and val_agreement [%(default)s]",
+    )
     model = parser.add_argument_group("model (ResNet18)")
     model.add_argument(
         "--stem",
@@ -72,6 +93,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         help="3x3 without pooling, or torchvision's own 7x7 with pooling [%(default)s]",
     )
     flags.add_optimisation_flags(parser, **RECIPE)
+    flags.add_augmentation_flags(parser)
     distillation = parser.add_argument_group("distillation")
     distillation.add_argument(
         "--teacher_weights",
@@ -93,6 +115,18 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         metavar="T",
         help="softens the outputs of both [%(default)s]",
     )
+    controls = parser.add_argument_group("controls")
+    controls.add_argument(
+        "--train_on",
+        choices=("cifake", "cifar10", "noise"),
+        default="cifake",
+        help="the training images: synthetic, real, or uniform noise [%(default)s]",
+    )
+    controls.add_argument(
+        "--hard_labels",
+        action="store_true",
+        help="learn the labels of the images by cross-entropy, without a word from the teacher",
+    )
     flags.add_run_flags(parser, "student", "student_cifar10_kd.pth")
     return flags.parse(parser, argv, "student", DEMO)
 
@@ -101,15 +135,13 @@ def main(args: Namespace) -> None:
     device, amp = pick_device(args.device, args.amp)
 
     # data: the student trains on synthetic images, and is tested on real ones
-    if args.download_synthetic:
-        download_cifake(args.synthetic_data_dir)
-    if args.demo:
-        train_set, test_set = load_demo("synthetic").first(args.limit), load_demo("test")
-    else:
-        train_set = load_cifake(args.synthetic_data_dir, args.limit, args.skip_bad_images)
-        test_set = load_cifar10(args.data_dir, train=False)
+    train_set, held_out = load_train_set(args).hold_out(args.holdout)
+    test_set = load_demo("test") if args.demo else load_cifar10(args.data_dir, train=False)
     test_set = test_set.first(args.limit)
-    train_loader = DeviceLoader(train_set, args.batch_size, device, train=True)
+    train_loader = DeviceLoader(
+        *(train_set, args.batch_size, device, True), args.augment, args.mix, args.mix_alpha
+    )
+    held_out_loader = DeviceLoader(held_out, TEST_BATCH_SIZE, device, train=False)
     test_loader = DeviceLoader(test_set, TEST_BATCH_SIZE, device, train=False)
 
     # models, optimizer, scheduler
@@ -130,8 +162,16 @@ def main(args: Namespace) -> None:
         loss = kd_loss(student_logits, teacher_logits, args.temperature)
         return loss, student_logits.argmax(1) == teacher_logits.argmax(1)
 
+    def hard_loss_fn(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # the control
+        logits = student(images)
+        main_labels = labels if labels.ndim == 1 else labels.argmax(1)  # of mixed images, shares
+        return F.cross_entropy(logits, labels), logits.argmax(1) == main_labels
+
     # the run
-    step = TrainStep(loss_fn, optimizer, amp, graph=not args.no_graph)
+    average = WeightAverage(student, args.ema) if args.ema else None
+    shown, trained = (average.model, student) if average else (student, None)
+    chosen = hard_loss_fn if args.hard_labels else loss_fn
+    step = TrainStep(chosen, optimizer, amp, not args.no_graph, average and average.update)
     identity = {
         "train_images": len(train_set),
         "skipped_images": train_set.skipped,
@@ -139,30 +179,48 @@ def main(args: Namespace) -> None:
         "teacher_sha256": teacher_sha256,
     }
     run = Run(args, "student", identity, teacher_accuracy=accuracy)
-    first_epoch = run.restore(student, optimizer, scheduler)
+    first_epoch = run.restore(shown, optimizer, scheduler, trained)
     progress = Progress(first_epoch, args.epochs, len(train_loader) * args.batch_size)
     with run:
         for epoch in range(first_epoch, args.epochs + 1):
             began, lr = time.perf_counter(), float(scheduler.get_last_lr()[0])
             seed_everything(args.seed, epoch)
             train = train_one_epoch(student, train_loader, step, scheduler, progress.on_batch)
-            test = evaluate(student, test_loader, amp)
+            test = evaluate(shown, test_loader, amp)
             row = {
                 "epoch": epoch,
                 "lr": lr,
                 "train_loss": train["loss"],
-                "train_agreement": train["hits"],
+                "train_label_accuracy" if args.hard_labels else "train_agreement": train["hits"],
                 "test_loss": test["loss"],
                 "test_accuracy": test["accuracy"],
-                "seconds": time.perf_counter() - began,
-                "images_per_second": train["images_per_second"],
             }
-            if run.record(row, to_checkpoint(student, test_set.classes), optimizer, scheduler):
+            if args.holdout:
+                val = evaluate_kd(shown, teacher, held_out_loader, args.temperature, amp)
+                row |= {"val_kd_loss": val["loss"], "val_agreement": val["agreement"]}
+            row["seconds"] = time.perf_counter() - began
+            row["images_per_second"] = train["images_per_second"]
+            checkpoint = to_checkpoint(shown, test_set.classes)
+            if run.record(row, checkpoint, optimizer, scheduler, trained):
                 plot_run(run.folder)
             progress.epoch(row)
         progress.close()
-        run.finish(to_checkpoint(student, test_set.classes))
+        per_class = per_class_accuracy(shown, test_loader, amp)
+        run.finish(to_checkpoint(shown, test_set.classes), per_class)
         plot_run(run.folder)
+
+
+def load_train_set(args: Namespace) -> ImageSet:
+    """The images that `--demo` and `--train_on` name, up to `--limit`."""
+    if args.demo:
+        return load_demo("synthetic").first(args.limit)
+    if args.train_on == "noise":
+        return load_noise().first(args.limit)
+    if args.train_on == "cifar10":
+        return load_cifar10(args.data_dir, train=True).first(args.limit)
+    if args.download_synthetic:
+        download_cifake(args.synthetic_data_dir)
+    return load_cifake(args.synthetic_data_dir, args.limit, args.skip_bad_images)
 
 
 def load_teacher(args: Namespace, classes: tuple[str, ...]) -> tuple[nn.Module, str | None]:

@@ -24,13 +24,18 @@ Metrics = dict[str, list[float]]
 # What was trained is told by a column of the CSV. Its meaning, and the training loss beside it:
 KINDS = {
     "train_agreement": (
-        "agreement with the teacher, synthetic images",
-        "Training: KD loss on synthetic images",
+        "agreement with the teacher on the training images",
+        "Training: KD loss",
         "T² · KL(teacher ‖ student), nats",
     ),
     "train_accuracy": (
         "accuracy on the real training images",
         "Training: cross-entropy on real images",
+        "cross-entropy, nats",
+    ),
+    "train_label_accuracy": (
+        "accuracy on the labels of the training images",
+        "Training: cross-entropy, without a teacher",
         "cross-entropy, nats",
     ),
 }

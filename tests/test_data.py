@@ -20,7 +20,6 @@ import data
 from data import (
     DeviceLoader,
     ImageSet,
-    augment,
     cifake_label,
     load_cifake,
     load_cifar10,
@@ -347,18 +346,6 @@ def test_a_download_of_cifar10_that_fails_is_said(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------- batches
 
 
-def test_crops_and_flips_are_torchvisions_on_the_same_draws():
-    images = made_set(64).images
-    generator = torch.Generator().manual_seed(0)
-    top, left = torch.randint(0, 9, (2, 64), generator=generator)
-    flip = torch.rand(64, generator=generator) < 0.5
-    ours = augment(images, top, left, flip)
-    for i in range(64):
-        theirs = F.crop(F.pad(images[i], [4]), int(top[i]), int(left[i]), 32, 32)
-        theirs = F.horizontal_flip(theirs) if flip[i] else theirs
-        assert torch.equal(ours[i], theirs)
-
-
 def test_normalize_is_torchvisions():
     images = made_set(8).images
     ours = normalize(images)
@@ -446,3 +433,15 @@ def test_a_linear_classifier_finds_little_in_the_demo_set():
         hits = (features(test) @ weights).argmax(1) == test.labels
         accuracies.append(hits.float().mean().item())
     assert 0.05 < max(accuracies) < 0.60
+
+
+def test_images_held_out_are_the_same_in_every_run_and_in_no_batch():
+    images = made_set(100)
+    rest, held = images.hold_out(30)
+    assert (len(rest), len(held)) == (70, 30)
+    assert sorted([*rest.labels.tolist(), *held.labels.tolist()]) == list(range(100))
+    torch.manual_seed(5)
+    assert torch.equal(images.hold_out(30)[1].images, held.images)
+    assert len(images.hold_out(0)[1]) == 0
+    with pytest.raises(UserError, match="--holdout 100 leaves nothing of 100"):
+        images.hold_out(100)

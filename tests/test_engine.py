@@ -7,14 +7,17 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, OneCycleLR
 
 import main_train_cifar10 as student_script
-from data import DeviceLoader, ImageSet
+from data import DeviceLoader, ImageSet, normalize
 from engine import (
     TrainStep,
+    WeightAverage,
     build_optimizer,
     build_scheduler,
     evaluate,
+    evaluate_kd,
     kd_loss,
     lr_factor,
+    per_class_accuracy,
     train_one_epoch,
 )
 from models import build_model
@@ -111,6 +114,50 @@ def test_an_epoch_leaves_the_teacher_as_it_was_and_moves_the_student():
         assert torch.equal(value, teacher_before[key]), key
     for key, value in student.state_dict().items():
         assert not torch.equal(value, student_before[key]), key
+
+
+def test_an_average_of_weights_follows_the_network():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    average = WeightAverage(model, decay=0.9)
+    expected = [p.detach().clone() for p in model.parameters()]
+    for _ in range(3):
+        model(torch.randn(8, 3)).sum().backward()
+        for p in model.parameters():
+            p.data -= 0.1 * p.grad
+        average.update()
+        expected = [
+            0.9 * e + 0.1 * p.detach() for e, p in zip(expected, model.parameters(), strict=True)
+        ]
+    for mean, by_hand in zip(average.model.parameters(), expected, strict=True):
+        assert torch.allclose(mean, by_hand)
+        assert not mean.requires_grad
+    assert average.model[1].num_batches_tracked == 3
+    assert not torch.equal(average.model[1].running_mean, torch.zeros(2))
+    assert not average.model.training
+
+
+def test_how_well_a_student_matches_needs_no_label():
+    torch.manual_seed(0)
+    student, teacher = build_model(stem="imagenet"), build_model(stem="imagenet").eval()
+    images = made_set(23)
+    loader = DeviceLoader(images, 10, "cpu", train=False)
+    result = evaluate_kd(student, teacher, loader, 4.0)
+    with torch.inference_mode():
+        ours, theirs = student(normalize(images.images)), teacher(normalize(images.images))
+    assert result["loss"] == pytest.approx(kd_loss(ours, theirs, 4.0).item(), rel=1e-4)
+    agreement = (ours.argmax(1) == theirs.argmax(1)).float().mean().item()
+    assert result["agreement"] == pytest.approx(100 * agreement)
+    assert evaluate_kd(teacher, teacher, loader, 4.0)["agreement"] == 100
+
+
+def test_accuracy_by_class_adds_up():
+    torch.manual_seed(0)
+    model, images = build_model(stem="imagenet"), made_set(40)
+    loader = DeviceLoader(images, 15, "cpu", train=False)
+    per_class = per_class_accuracy(model, loader)
+    assert len(per_class) == 10
+    assert sum(per_class) / 10 == pytest.approx(evaluate(model, loader)["accuracy"])
 
 
 def test_training_means_are_over_images_and_batches_are_reported():

@@ -60,7 +60,7 @@ def parts():
 
 
 def checkpoint(model):
-    return {"arch": "linear", "model": model.state_dict()}
+    return {"arch": "linear", "classes": ["cat", "dog"], "model": model.state_dict()}
 
 
 def test_runs_are_numbered_and_never_reused(workdir):
@@ -238,12 +238,14 @@ def test_the_end_exports_the_last_epoch_and_says_so(workdir, capsys):
     run = Run(flags(output=Path("new/student.pth")), "student", {})
     run.record(row(1, 70.0), checkpoint(model), optimizer, scheduler)
     run.record(row(2, 65.5), checkpoint(model), optimizer, scheduler)
-    run.finish(checkpoint(model))
+    run.finish(checkpoint(model), [60.0, 71.0])
     said = capsys.readouterr().out
     assert "final  65.50 % on the test set, epoch 2" in said
     assert "best   70.00 %, epoch 1: picked on the test set, only to compare" in said
     assert "time   2 min 2 s" in said
     assert "saved  new/student.pth" in said
+    table = (run.folder / "per_class.csv").read_text()
+    assert table == "class,test_accuracy\ncat,60\ndog,71\n"
     weights, facts = read_weights("new/student.pth")
     assert torch.equal(weights["weight"], model.weight)
     assert facts["provenance"]["test_accuracy"] == 65.5
@@ -255,8 +257,8 @@ def test_what_is_in_the_way_of_the_output_is_kept(workdir, capsys):
     for _ in range(2):
         run = Run(flags(output=Path("notes.txt")), "student", {})
         run.record(row(1, 70.0), checkpoint(model), optimizer, scheduler)
-        run.finish(checkpoint(model))
-        run.finish(checkpoint(model))  # its own file is replaced
+        run.finish(checkpoint(model), [60.0, 71.0])
+        run.finish(checkpoint(model), [60.0, 71.0])  # its own file is replaced
     assert Path("notes.001.txt").read_text() == "years of work"
     provenance = [read_weights(f)[1]["provenance"]["run"] for f in ("notes.002.txt", "notes.txt")]
     assert provenance == ["runs/student-001", "runs/student-002"]

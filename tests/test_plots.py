@@ -61,7 +61,7 @@ def test_a_students_plots_keep_the_two_losses_apart(epochs, tmp_path, figures):
     plots.plot_run(run)
     losses, accuracy = texts(figures["train_val_losses.png"]), texts(figures["val_accuracy.png"])
     assert len(figures["train_val_losses.png"].axes) == 2
-    assert "KD loss on synthetic images" in losses
+    assert "Training: KD loss" in losses
     assert "T² · KL(teacher ‖ student)" in losses
     assert "Test: cross-entropy on real images" in losses
     assert f"last {60 + epochs}.00 %, best {60 + epochs}.00 % (epoch {epochs})" in accuracy

@@ -59,7 +59,7 @@ def test_a_teacher_and_its_student(workdir, capsys):
         run = demo / f"{kind}-001"
         assert {path.name for path in run.iterdir()} == {
             *(".lock", "config.json", "metrics.csv", "last.pt", "best.pt"),
-            *("train_val_losses.png", "val_accuracy.png"),
+            *("train_val_losses.png", "val_accuracy.png", "per_class.csv"),
         }
         rows = metrics(run)
         assert list(rows[0]) == [
@@ -99,6 +99,10 @@ def test_both_scripts_run_on_files(workdir, cifake, cifar10_binary):
     )
     facts = read_weights("student_cifar10_kd.pth")[1]
     assert facts["classes"][0] == "airplane"
+    for other in ("noise", "cifar10"):
+        argv = [*common, "--train_on", other, "--limit", "40", "--output", f"{other}.pth"]
+        student_script.main(student_script.parse_args(argv))
+        assert Path(f"{other}.pth").exists()
     config = json.loads(Path("runs/student-001/config.json").read_text())
     assert (config["train_images"], config["test_images"]) == (40, 20)
     assert len(config["teacher_sha256"]) == 64
@@ -168,6 +172,29 @@ def test_an_untrained_teacher_is_a_control(workdir):
     config = json.loads(Path("runs/demo/student-001/config.json").read_text())
     assert config["teacher_sha256"] is None
     assert 0 <= config["teacher_accuracy"] < 50
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--mix cutmix --augment strong --ema 0.9 --scheduler cosine --holdout 30",
+        "--hard_labels --mix mixup",
+    ],
+)
+def test_levers_and_controls_run_and_resume_bit_for_bit(flags, workdir, demo_teacher, monkeypatch):
+    flags = [*flags.split(), "--teacher_weights", demo_teacher]
+    run_student(*flags, "--run_dir", "unbroken", "--output", "unbroken.pth")
+    with monkeypatch.context() as patch:
+        stop_after(patch, student_script, 1)
+        with pytest.raises(KeyboardInterrupt):
+            run_student(*flags, "--run_dir", "stopped", "--output", "stopped.pth")
+    student_script.main(student_script.parse_args(["--resume", "stopped"]))
+    rows = metrics(Path("stopped"))
+    assert without_times(rows) == without_times(metrics(Path("unbroken")))
+    assert_equal_weights(Path("stopped.pth"), Path("unbroken.pth"))
+    assert ("train_label_accuracy" in rows[0]) == ("--hard_labels" in flags)
+    if "--holdout" in flags:
+        assert 0 <= float(rows[0]["val_agreement"]) <= 100
 
 
 def test_a_student_may_have_another_stem_when_it_is_said(workdir, demo_teacher):

@@ -1,0 +1,127 @@
+"""What training images go through, a whole batch at a time and on the device.
+
+Each function is the same for every image of a batch but for its draws, which come from outside:
+nothing here is random. The draws of an epoch are made by `draw_crops`, `draw_strong` and
+`draw_mixes`, from PyTorch's CPU generator, so that a seed gives the same views on every device.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PADDING = 4
+
+# ------------------------------------------------------------------ one image: crop, flip, colours
+
+
+def draw_crops(n: int) -> tuple[Tensor, ...]:
+    """For `crop_and_flip`, n times: the corner of the crop, and whether to mirror."""
+    top, left = torch.randint(0, 2 * PADDING + 1, (2, n))
+    return top, left, torch.rand(n) < 0.5
+
+
+def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
+    """Crop each picture out of its zero-padded self, then mirror it where `flip`.
+
+    images: (B, 3, H, W) of any dtype; top, left: int64 (B,) from 0 to 8; flip: bool (B,). The same
+    as torchvision's RandomCrop with padding 4 and RandomHorizontalFlip on these draws.
+    """
+    height, width = images.shape[2:]
+    padded = F.pad(images, [PADDING] * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 9, 9, H, W), a view
+    crops = windows[torch.arange(len(images), device=images.device), :, top, left]  # (B, 3, H, W)
+    return torch.where(flip[:, None, None, None], crops.flip(3), crops)
+
+
+def draw_strong(n: int) -> tuple[Tensor, ...]:
+    """For `strong`, n times: a part of the picture, whether to mirror, and four colour factors.
+
+    The part has 25 to 100 % of the area and sides of 3:4 to 4:3, as in torchvision's
+    RandomResizedCrop; brightness, contrast and saturation are 0.6 to 1.4 times what they were, and
+    one picture in ten is grey.
+    """
+    area, shape, x, y, flip, brightness, contrast, saturation, grey = torch.rand(9, n)
+    area, shape = 0.25 + 0.75 * area, (4 / 3) ** (2 * shape - 1)
+    width, height = (area * shape).sqrt().clamp(max=1), (area / shape).sqrt().clamp(max=1)
+    x, y = (2 * x - 1) * (1 - width), (2 * y - 1) * (1 - height)  # the centre, from -1 to 1
+    factors = 0.6 + 0.8 * torch.stack([brightness, contrast, saturation])
+    factors[2, grey < 0.1] = 0
+    return torch.stack([width, height, x, y], dim=1), flip < 0.5, factors.T
+
+
+def strong(images: Tensor, box: Tensor, flip: Tensor, factors: Tensor) -> Tensor:
+    """A part of each picture, brought to full size, mirrored and with other colours.
+
+    images: uint8 (B, 3, H, W); box: (B, 4), width, height and centre of the part in a picture that
+    spans -1 to 1; flip: bool (B,); factors: (B, 3), see `jitter`. Float32 from 0 to 255.
+    """
+    width, height, x, y = box.unbind(1)
+    zero = torch.zeros_like(x)
+    rows = [torch.where(flip, -width, width), zero, x, zero, height, y]
+    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(images.shape), False)
+    parts = F.grid_sample(images.float(), grid, "bilinear", "border", align_corners=False)
+    return jitter(parts, factors)
+
+
+def jitter(images: Tensor, factors: Tensor) -> Tensor:
+    """Change brightness, contrast and saturation, in this order, by factors (B, 3).
+
+    images: float (B, 3, H, W) from 0 to 255. The same as torchvision's adjust_brightness,
+    adjust_contrast and adjust_saturation, picture by picture.
+    """
+    brightness, contrast, saturation = factors[:, :, None, None, None].unbind(1)
+    images = (images * brightness).clamp(0, 255)
+    mean = grey(images).mean((2, 3), keepdim=True)
+    images = (mean + contrast * (images - mean)).clamp(0, 255)
+    shade = grey(images)
+    return (shade + saturation * (images - shade)).clamp(0, 255)
+
+
+def grey(images: Tensor) -> Tensor:
+    """Luma of ITU-R 601: (B, 3, H, W) -> (B, 1, H, W)."""
+    red, green, blue = images.split(1, dim=1)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
+
+
+AUGMENTATIONS = {"crop": (draw_crops, crop_and_flip), "strong": (draw_strong, strong)}
+
+# ------------------------------------------------------------------- two images: mixup and CutMix
+
+
+def draw_mixes(batches: int, alpha: float) -> tuple[Tensor, Tensor]:
+    """For each batch: the share of the first image, from Beta(alpha, alpha), and a centre."""
+    share = torch.distributions.Beta(alpha, alpha).sample((batches,))
+    return share, torch.rand(batches, 2)
+
+
+def mixup(images: Tensor, share: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Blend each image with the one before it in the batch; `share`, (), is its own part.
+
+    Zhang et al. 2018, arXiv 1710.09412. Returns the images, (B, 3, H, W), and the share.
+    """
+    return share * images + (1 - share) * images.roll(1, 0), share
+
+
+def cutmix(images: Tensor, share: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Put a box of the image before it in the batch into each image.
+
+    The box has an area of 1 - share and its centre at `centre`, (2,), as a fraction of height and
+    width; what would stick out is cut off (Yun et al. 2019, arXiv 1905.04899). Returns the images,
+    (B, 3, H, W), and the share that is left of them.
+    """
+    reach = (1 - share).sqrt() / 2
+    rows, columns = (
+        ((torch.arange(size, device=images.device) + 0.5) / size - middle).abs() < reach
+        for size, middle in zip(images.shape[2:], centre, strict=True)
+    )
+    box = rows[:, None] & columns  # (H, W)
+    return torch.where(box, images.roll(1, 0), images), 1 - box.float().mean()
+
+
+MIXES = {"mixup": mixup, "cutmix": cutmix}
+
+
+def mix_labels(labels: Tensor, share: Tensor, classes: int) -> Tensor:
+    """int64 (B,) -> float (B, classes): `share` of the own label, the rest of the one before it."""
+    own = F.one_hot(labels, classes).float()
+    return share * own + (1 - share) * own.roll(1, 0)
