@@ -169,7 +169,7 @@ def load_cifake(
             f"there are no synthetic images in {folder}: {CIFAKE_BY_HAND.format(folder=folder)}; "
             "or `pip install kagglehub` and add --download_synthetic; --demo needs no data"
         )
-    images = torch.empty((min(limit or len(names), len(names)), 3, 32, 32), dtype=torch.uint8)
+    images = np.empty((min(limit or len(names), len(names)), 32, 32, 3), np.uint8)
     labels: list[int] = []
     stems: set[str] = set()
     bad: list[UserError] = []
@@ -179,7 +179,7 @@ def load_cifake(
             try:
                 label = _label(path, stems)
                 if len(labels) < len(images):  # beyond the limit, the name alone is looked at
-                    images[len(labels)] = _load_image(path)
+                    images[len(labels)] = _load_pixels(path)
                     labels.append(label)
             except UserError as error:
                 if not skip_bad_images:
@@ -189,7 +189,8 @@ def load_cifake(
         raise UserError(f"none of the {len(names)} files in {folder} can be used: {bad[0]}")
     if bad:
         print(f"skipped {len(bad)} of {len(names)} files in {folder}; the first: {bad[0]}")
-    return ImageSet(images[: len(labels)], torch.tensor(labels), CLASSES, len(bad))
+    pixels = torch.from_numpy(images[: len(labels)]).permute(0, 3, 1, 2)  # (N, 3, 32, 32)
+    return ImageSet(pixels.contiguous(), torch.tensor(labels), CLASSES, len(bad))
 
 
 def _label(path: str, stems: set[str]) -> int:
@@ -215,7 +216,7 @@ def load_image(path: str | Path) -> Tensor:
     them is quietly made into something else. Errors: UserError.
     """
     with _silent():
-        return _load_image(path)
+        return torch.from_numpy(_load_pixels(path)).permute(2, 0, 1).contiguous()
 
 
 @contextmanager
@@ -225,7 +226,8 @@ def _silent() -> Iterator[None]:
         yield
 
 
-def _load_image(path: str | Path) -> Tensor:
+def _load_pixels(path: str | Path) -> np.ndarray:
+    """uint8 (32, 32, 3)."""
     try:
         with Image.open(path, formats=("JPEG", "PNG")) as picture:
             pixels = _pixels(picture)  # (H, W, 3)
@@ -236,17 +238,20 @@ def _load_image(path: str | Path) -> Tensor:
     except Exception as error:  # the decoders raise nearly anything on a broken or hostile file
         reason = f": {error.strerror}" if getattr(error, "strerror", None) else ""
         raise UserError(f"{path}: not an image that can be read{reason}") from error
+    if pixels.shape[:2] == (32, 32):
+        return pixels
     image = torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)
-    return image if image.shape[1:] == (32, 32) else resize(image, [32, 32], antialias=True)
+    return resize(image, [32, 32], antialias=True).permute(1, 2, 0).numpy()
 
 
 def _pixels(picture: Image.Image) -> np.ndarray:
     if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
         raise UserError("too many pixels")
-    if "16" in str(picture.tile) or picture.mode.startswith("I"):
-        raise UserError("not an image of 8 bits a channel")
-    if picture.format == "PNG" and picture.n_frames > 1:
-        raise UserError("not a still image")
+    if picture.format == "PNG":
+        if "16" in str(picture.tile) or picture.mode.startswith("I"):
+            raise UserError("not an image of 8 bits a channel")
+        if picture.n_frames > 1:
+            raise UserError("not a still image")
     if "exif" in picture.info:
         picture = ImageOps.exif_transpose(picture)
     return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
