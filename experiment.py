@@ -214,7 +214,8 @@ class Run:
     def flush(self) -> None:
         """Write what waits: `best.pt`, `last.pt`, and then `metrics.csv`."""
         for name in sorted(self.waiting):
-            save(self.folder / name, self.waiting.pop(name))
+            save(self.folder / name, self.waiting[name])
+            del self.waiting[name]  # not before: a signal may come in between
             if name == "last.pt":
                 self._write_metrics()
         self.saved_at = time.monotonic()
