@@ -12,13 +12,15 @@ from engine import TrainStep, build_optimizer, build_scheduler, kd_loss
 from models import build_model, cast_once
 
 
-def loss_and_gradient(channels_last: bool, amp: torch.dtype | None) -> tuple[torch.Tensor, ...]:
+def loss_and_gradient(
+    channels_last: bool, amp: torch.dtype | None, batch: int = 0
+) -> tuple[torch.Tensor, ...]:
     """One KD step on a fixed batch and fixed weights: the loss, and all gradients in one vector."""
     torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     student = build_model(stem="imagenet").to(memory_format=layout)
     teacher = build_model(stem="imagenet").to(memory_format=layout).eval()
-    images = torch.randn(32, 3, 32, 32).to(memory_format=layout)
+    images = torch.randn(batch + 1, 32, 3, 32, 32)[batch].to(memory_format=layout)
     with torch.autocast("cpu", dtype=amp, enabled=amp is not None):
         with torch.inference_mode():
             teacher_logits = teacher(images)
@@ -38,6 +40,13 @@ def test_the_loss_in_bf16_stays_close_to_float32():
     plain_loss, _ = loss_and_gradient(False, None)
     fast_loss, _ = loss_and_gradient(True, torch.bfloat16)
     assert fast_loss.item() == pytest.approx(plain_loss.item(), rel=0.05)
+
+
+def test_rounding_to_bf16_changes_a_gradient_less_than_another_batch_does():
+    (_, plain), (_, fast) = (loss_and_gradient(True, amp) for amp in (None, torch.bfloat16))
+    _, other = loss_and_gradient(True, None, batch=1)
+    by_rounding = (plain - fast).norm() / plain.norm()
+    assert by_rounding < (plain - other).norm() / plain.norm()
 
 
 def test_the_plain_way_has_the_same_loss():
