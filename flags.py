@@ -36,7 +36,8 @@ class Parser(argparse.ArgumentParser):
         self.source = ""  # where the flags come from, when not from the command line
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {self.source}{message} (--help lists the flags)\n")
+        line = " ".join(f"error: {self.source}{message} (--help lists the flags)".split())
+        self.exit(2, line + "\n")
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:

@@ -9,7 +9,6 @@ A folder under results/ serves as well as one under runs/.
 import argparse
 import csv
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,12 +49,12 @@ def read_metrics(folder: str | Path) -> Metrics:
         with open(path, newline="") as file:
             rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
         metrics = {key: [row[key] for row in rows] for key in rows[0]}
-        if not all(math.isfinite(value) for column in metrics.values() for value in column):
-            raise ValueError
+        if not all(abs(value) < 1e30 for column in metrics.values() for value in column):
+            raise ValueError("not finite, or too large to be drawn")
         needed = {"epoch", "train_loss", "test_loss", "test_accuracy"}
         if not needed <= metrics.keys() or not KINDS.keys() & metrics.keys():
             raise KeyError
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, csv.Error) as error:
         raise UserError(f"{path} is not the metrics.csv of a run") from error
     return metrics
 
