@@ -34,6 +34,16 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
     return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
 
 
+def label_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy, a scalar, and the hits, (B,) bool: learning without a teacher.
+
+    logits: (B, classes); labels: int64 (B,), or shares of the classes, float (B, classes), of mixed
+    images, where the class with the largest share counts as the right one.
+    """
+    right = labels if labels.ndim == 1 else labels.argmax(1)
+    return F.cross_entropy(logits, labels), logits.argmax(1) == right
+
+
 class TrainStep:
     """A step of training, `loss, hits = step(images, labels)`: forward, backward, update.
 
@@ -157,23 +167,26 @@ class WeightAverage:
 
 
 @torch.inference_mode()
+def predict(model: nn.Module, loader: DeviceLoader, amp: torch.dtype | None = None) -> Tensor:
+    """The logits of `model` in eval mode for all of `loader`, float32 (N, classes), in order."""
+    model.eval()
+    logits = []
+    for images, _ in loader:
+        with torch.autocast(loader.device.type, dtype=amp, enabled=amp is not None):
+            logits.append(model(images).float())
+    return torch.cat(logits)
+
+
 def evaluate(
     model: nn.Module, loader: DeviceLoader, amp: torch.dtype | None = None
 ) -> dict[str, float]:
     """`loss`, the mean cross-entropy in nats, and `accuracy`, in percent, over all of `loader`."""
-    model.eval()
-    loss_sum = torch.zeros((), device=loader.device, dtype=torch.float64)
-    hit_sum = torch.zeros((), device=loader.device, dtype=torch.int64)
-    for images, labels in loader:
-        with torch.autocast(loader.device.type, dtype=amp, enabled=amp is not None):
-            logits = model(images)
-        loss_sum += F.cross_entropy(logits.float(), labels, reduction="sum")
-        hit_sum += (logits.argmax(1) == labels).sum()
-    count = len(loader.images)
-    return {"loss": loss_sum.item() / count, "accuracy": 100 * hit_sum.item() / count}
+    logits = predict(model, loader, amp)
+    hits = (logits.argmax(1) == loader.labels).sum().item()
+    loss = F.cross_entropy(logits.double(), loader.labels).item()
+    return {"loss": loss, "accuracy": 100 * hits / len(logits)}
 
 
-@torch.inference_mode()
 def evaluate_kd(
     student: nn.Module,
     teacher: nn.Module,
@@ -185,31 +198,22 @@ def evaluate_kd(
 
     Neither needs a label or a real image, so that a recipe can be chosen by them.
     """
-    student.eval()
-    loss_sum = torch.zeros((), device=loader.device, dtype=torch.float64)
-    hit_sum = torch.zeros((), device=loader.device, dtype=torch.int64)
-    for images, _ in loader:
-        with torch.autocast(loader.device.type, dtype=amp, enabled=amp is not None):
-            student_logits, teacher_logits = student(images), teacher(images)
-        loss_sum += kd_loss(student_logits, teacher_logits, temperature) * len(images)
-        hit_sum += (student_logits.argmax(1) == teacher_logits.argmax(1)).sum()
-    count = len(loader.images)
-    return {"loss": loss_sum.item() / count, "agreement": 100 * hit_sum.item() / count}
+    ours, theirs = predict(student, loader, amp), predict(teacher, loader, amp)
+    hits = (ours.argmax(1) == theirs.argmax(1)).sum().item()
+    return {
+        "loss": kd_loss(ours, theirs, temperature).item(),
+        "agreement": 100 * hits / len(ours),
+    }
 
 
-@torch.inference_mode()
 def per_class_accuracy(
     model: nn.Module, loader: DeviceLoader, amp: torch.dtype | None = None
 ) -> list[float]:
     """Percent of the images of each class that are classified rightly, in the order of classes."""
-    model.eval()
-    right = torch.zeros(loader.classes, device=loader.device)
-    for images, labels in loader:
-        with torch.autocast(loader.device.type, dtype=amp, enabled=amp is not None):
-            hits = model(images).argmax(1) == labels
-        right += torch.bincount(labels[hits], minlength=loader.classes)
-    counts = torch.bincount(loader.labels, minlength=loader.classes)
-    return (100 * right / counts.clamp(min=1)).tolist()
+    labels = loader.labels
+    right = labels[predict(model, loader, amp).argmax(1) == labels]
+    hits, counts = (torch.bincount(x, minlength=loader.classes) for x in (right, labels))
+    return (100 * hits / counts.clamp(min=1)).tolist()
 
 
 def build_optimizer(model: nn.Module, args: Namespace) -> Optimizer:

@@ -13,7 +13,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch.nn.functional as F
 from torch import Tensor
 
 import flags
@@ -24,6 +23,7 @@ from engine import (
     build_optimizer,
     build_scheduler,
     evaluate,
+    label_loss,
     per_class_accuracy,
     train_one_epoch,
 )
@@ -75,9 +75,8 @@ def main(args: Namespace) -> None:
         train_set = load_cifar10(args.data_dir, train=True)
         test_set = load_cifar10(args.data_dir, train=False)
     train_set, test_set = train_set.first(args.limit), test_set.first(args.limit)
-    train_loader = DeviceLoader(
-        *(train_set, args.batch_size, device, True), args.augment, args.mix, args.mix_alpha
-    )
+    views = {"augment": args.augment, "mix": args.mix, "mix_alpha": args.mix_alpha}
+    train_loader = DeviceLoader(train_set, args.batch_size, device, train=True, **views)
     test_loader = DeviceLoader(test_set, TEST_BATCH_SIZE, device, train=False)
 
     # model, optimizer, scheduler
@@ -89,9 +88,7 @@ def main(args: Namespace) -> None:
     scheduler = build_scheduler(optimizer, args, args.epochs * len(train_loader))
 
     def loss_fn(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = teacher(images)
-        main_labels = labels if labels.ndim == 1 else labels.argmax(1)  # of mixed images, shares
-        return F.cross_entropy(logits, labels), logits.argmax(1) == main_labels
+        return label_loss(teacher(images), labels)
 
     # the run
     average = WeightAverage(teacher, args.ema) if args.ema else None

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flags
@@ -39,6 +38,7 @@ from engine import (
     evaluate,
     evaluate_kd,
     kd_loss,
+    label_loss,
     per_class_accuracy,
     train_one_epoch,
 )
@@ -125,7 +125,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     controls.add_argument(
         "--hard_labels",
         action="store_true",
-        help="learn the labels of the images by cross-entropy, without a word from the teacher",
+        help="learn the labels of the images by cross-entropy; the teacher is only compared with",
     )
     flags.add_run_flags(parser, "student", "student_cifar10_kd.pth")
     return flags.parse(parser, argv, "student", DEMO)
@@ -138,9 +138,8 @@ def main(args: Namespace) -> None:
     train_set, held_out = load_train_set(args).hold_out(args.holdout)
     test_set = load_demo("test") if args.demo else load_cifar10(args.data_dir, train=False)
     test_set = test_set.first(args.limit)
-    train_loader = DeviceLoader(
-        *(train_set, args.batch_size, device, True), args.augment, args.mix, args.mix_alpha
-    )
+    views = {"augment": args.augment, "mix": args.mix, "mix_alpha": args.mix_alpha}
+    train_loader = DeviceLoader(train_set, args.batch_size, device, train=True, **views)
     held_out_loader = DeviceLoader(held_out, TEST_BATCH_SIZE, device, train=False)
     test_loader = DeviceLoader(test_set, TEST_BATCH_SIZE, device, train=False)
 
@@ -162,10 +161,8 @@ def main(args: Namespace) -> None:
         loss = kd_loss(student_logits, teacher_logits, args.temperature)
         return loss, student_logits.argmax(1) == teacher_logits.argmax(1)
 
-    def hard_loss_fn(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # the control
-        logits = student(images)
-        main_labels = labels if labels.ndim == 1 else labels.argmax(1)  # of mixed images, shares
-        return F.cross_entropy(logits, labels), logits.argmax(1) == main_labels
+    def hard_loss_fn(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # a control
+        return label_loss(student(images), labels)
 
     # the run
     average = WeightAverage(student, args.ema) if args.ema else None

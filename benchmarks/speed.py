@@ -247,6 +247,16 @@ def growth(stem: str, sizes: Sequence[int], args: Namespace) -> list[dict]:
     return rows
 
 
+def decoding(folder: Path, turns: int) -> dict:
+    """Seconds to read and decode a folder as the student does; every image, `turns` times."""
+    seconds = []
+    for _ in range(turns):
+        began = time.perf_counter()
+        images = len(data.load_cifake(folder))
+        seconds.append(time.perf_counter() - began)
+    return {"images": images, "seconds": [statistics.median(seconds), min(seconds), max(seconds)]}
+
+
 def matmul_peak(device: torch.device) -> float | None:
     """TFLOP/s of a bfloat16 matrix product on CUDA, the best of ten; None on a CPU.
 
@@ -322,6 +332,8 @@ def report(results: dict) -> None:
         table.append([f"{row['images']:,}", f"{row['seconds']:.2f}", f"{rate:.0f}"])
         table[-1] += [f"{row['memory_gb']:.2f}", f"{row['startup_seconds']:.1f}"]
     print_table(table)
+    row = results["decoding"]
+    print("{:,} images decoded in {:.2f} s ({:.2f}-{:.2f})".format(row["images"], *row["seconds"]))
 
 
 def print_table(rows: list[list[str]]) -> None:
@@ -380,6 +392,7 @@ def measure(args: Namespace, device: torch.device) -> dict:
         result = compare(stem, images[stem], args.turns, args)
         results["stems"][stem] = {"step_gflop": step_gflop(stem), **result}
     results["growth"] = growth("imagenet", sizes, args)
+    results["decoding"] = decoding(args.folder, args.turns)
     return results
 
 

@@ -13,12 +13,12 @@ import os
 import resource
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_data import NOISE, encoded
 from test_experiment import checkpoint, flags, parts, row
 
 import main_train_cifar10 as student_script
@@ -93,13 +93,6 @@ def taken_or_refused(action, *args):
 # ------------------------------------------------------------------------------------------ images
 
 
-def encoded(picture: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
 EXIF = Image.Exif()
 EXIF[0x0112] = 6
 IMAGES = [
@@ -207,7 +200,7 @@ def test_tables_of_any_numbers_can_be_drawn(tmp_path, rows):
 CONFIG = {
     "kind": "student",
     "teacher_accuracy": 81.5,
-    "args": {key: value for key, value in vars(student_script.parse_args([])).items()},
+    "args": vars(student_script.parse_args([])),
 }
 
 

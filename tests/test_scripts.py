@@ -197,6 +197,17 @@ def test_levers_and_controls_run_and_resume_bit_for_bit(flags, workdir, demo_tea
         assert 0 <= float(rows[0]["val_agreement"]) <= 100
 
 
+def test_a_teacher_takes_the_levers_too(workdir):
+    run_teacher("--mix", "cutmix", "--augment", "strong", "--ema", 0.9)
+    exported, last = (
+        read_weights(Path("runs/demo", name))[0]
+        for name in ("teacher_cifar10_finetuned.pth", "teacher-001/last.pt")
+    )
+    raw = torch.load("runs/demo/teacher-001/last.pt", weights_only=True)["trained"]
+    assert torch.equal(exported["fc.weight"], last["fc.weight"])
+    assert not torch.equal(exported["fc.weight"], raw["fc.weight"])
+
+
 def test_a_student_may_have_another_stem_when_it_is_said(workdir, demo_teacher):
     flags = ["--teacher_weights", demo_teacher, "--limit", 32, "--epochs", 1, "--stem", "cifar"]
     with pytest.raises(UserError, match="expected stem cifar, found imagenet"):

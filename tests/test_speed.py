@@ -99,9 +99,8 @@ def test_a_recorded_graph_trains_as_the_ordinary_steps_do(optimizer):
 
 @pytest.mark.parametrize("way", speed.WAYS)
 def test_each_way_runs_an_epoch(way, cifake, monkeypatch):
-    monkeypatch.setattr(
-        torch, "compile", lambda model: model
-    )  # that takes a minute, and a compiler
+    # compiling takes a minute, and a compiler
+    monkeypatch.setattr(torch, "compile", lambda model: model)
     paths = sorted(cifake.glob("*.jpg")) * 4
     speed.WAYS[way](paths, "imagenet", torch.device("cpu"))()
 
