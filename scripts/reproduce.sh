@@ -9,24 +9,13 @@ set -euo pipefail
 start=${1:-imagenet}
 shift || true
 source "$(dirname "$0")/environment.sh" requirements.txt
-
-once() { # once NAME SCRIPT FLAGS...: a run that is skipped, resumed or started
-    local run=runs/reproduce/$1 script=$2
-    shift 2
-    if [ -e "$run.pth" ]; then
-        echo "== $run: finished before"
-    elif [ -e "$run/config.json" ]; then
-        python "$script" --resume "$run"
-    else
-        python "$script" --run_dir "$run" --output "$run.pth" "$@"
-    fi
-}
+source "$(dirname "$0")/once.sh"
 
 name=$(basename "${start%.*}")
 for seed in ${*:-0 1 2}; do
-    once "teacher-$name-$seed" fine_tune_teacher_cifar10.py \
+    once "runs/reproduce/teacher-$name-$seed" fine_tune_teacher_cifar10.py \
         --epochs 15 --lr 0.001 --batch_size 128 --stem imagenet --init "$start" --seed "$seed"
-    once "student-$name-$seed" main_train_cifar10.py \
+    once "runs/reproduce/student-$name-$seed" main_train_cifar10.py \
         --epochs 50 --lr 0.05 --batch_size 128 --stem imagenet --seed "$seed" \
         --teacher_weights "runs/reproduce/teacher-$name-$seed.pth"
 done

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Controls: what does a student owe to its teacher, and what to the pictures?
+#
+#     bash scripts/controls.sh TEACHER [SEED ...]
+#
+# TEACHER is a weight file. EPOCHS, of 50,000 images each, and RECIPE, the flags of every run, are
+# made for a CPU: on a GPU, EPOCHS=50 RECIPE="--stem cifar" is the published recipe.
+# Runs go to runs/controls/. What is finished is skipped, what was stopped goes on.
+set -euo pipefail
+teacher=${1:?name the weight file of a teacher}
+shift
+source "$(dirname "$0")/environment.sh" requirements.txt
+source "$(dirname "$0")/once.sh"
+recipe="--epochs ${EPOCHS:-5} ${RECIPE:---stem imagenet --scheduler onecycle --nesterov}"
+
+student() { # student NAME FLAGS...
+    local name=$1
+    shift
+    # shellcheck disable=SC2086
+    once "runs/controls/$name-$seed" main_train_cifar10.py $recipe --seed "$seed" "$@"
+}
+
+for seed in ${*:-0 1 2}; do
+    student cifake --teacher_weights "$teacher"                          # what all are compared with
+    student hard_labels --teacher_weights "$teacher" --hard_labels       # the pictures without the teacher
+    student noise --teacher_weights "$teacher" --train_on noise          # the teacher without pictures
+    student real --teacher_weights "$teacher" --train_on cifar10         # the upper bound
+    student untrained_teacher --teacher_weights random                   # its ten outputs mean nothing
+done
+python scripts/summarize.py results/controls runs/controls/*/

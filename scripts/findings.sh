@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# The paper's findings, as far as CIFAKE allows: weaker teachers, temperature, the number and the
+# fidelity of the images.
+#
+#     bash scripts/findings.sh TEACHER [SEED ...]
+#
+# TEACHER is a weight file. Every student sees as many views as there are in EPOCHS times 50,000
+# images, so that a small set is seen more often. EPOCHS, RECIPE, the flags of every student, and
+# WEAK, the epochs of the weaker teachers, are made for a CPU: on a GPU, EPOCHS=50
+# RECIPE="--stem cifar" WEAK="1 2 5 15" is the published recipe.
+# Runs go to runs/findings/, the students compared with are those of controls.sh, in
+# runs/controls/. What is finished is skipped, what was stopped goes on.
+set -euo pipefail
+teacher=${1:?name the weight file of a teacher}
+shift
+source "$(dirname "$0")/environment.sh" requirements.txt
+source "$(dirname "$0")/once.sh"
+epochs=${EPOCHS:-5}
+recipe=${RECIPE:---stem imagenet --scheduler onecycle --nesterov}
+weak=${WEAK:-1 3}
+
+student() { # student NAME FLAGS...
+    local name=$1
+    shift
+    # shellcheck disable=SC2086
+    once "runs/findings/$name-$seed" main_train_cifar10.py $recipe --seed "$seed" "$@"
+}
+
+on_variant() { # on_variant NAME FLAGS...: on a folder that variants.py made
+    local name=$1 folder=runs/variants/$1
+    shift
+    [ -d "$folder" ] || python synthetic_data/variants.py "$@" "$folder"
+    student "$name" --teacher_weights "$teacher" --synthetic_data_dir "$folder" \
+        --epochs $((epochs * 50000 / $(find "$folder" -type f | wc -l)))
+}
+
+for n in $weak; do
+    once "runs/findings/teacher_of_$n-0" fine_tune_teacher_cifar10.py --init random --epochs "$n" \
+        --stem "$(grep -oE 'imagenet|cifar' <<< "$recipe" | head -n 1)" \
+        --optimizer sgd --nesterov --lr 0.1 --weight_decay 5e-4 --scheduler onecycle
+done
+for seed in ${*:-0 1 2}; do
+    # fidelity: what the teacher takes for the intended class, what it does not, and both; spoilt images
+    on_variant disputed disputed --teacher "$teacher"
+    on_variant agreed agreed --teacher "$teacher"
+    on_variant undivided undivided --teacher "$teacher"
+    on_variant blur blur --radius 1
+    on_variant jpeg jpeg --quality 5
+    # number
+    on_variant images_5000 subset --count 5000
+    on_variant images_10000 subset --count 10000
+    on_variant images_25000 subset --count 25000
+    # weaker teachers
+    for n in $weak; do
+        student "of_teacher_$n" --epochs "$epochs" --teacher_weights "runs/findings/teacher_of_$n-0.pth"
+    done
+    # temperature; T = 10 is the student of controls.sh
+    for t in 1 4; do
+        student "temperature_$t" --epochs "$epochs" --teacher_weights "$teacher" --temperature "$t"
+    done
+done
+python scripts/summarize.py results/findings runs/controls/cifake-*/ runs/findings/*/

@@ -1,0 +1,110 @@
+"""Folders made out of CIFAKE: fewer images, those a teacher agrees with or not, or spoilt ones.
+
+    python synthetic_data/variants.py subset --count 10000 runs/variants/10000
+    python synthetic_data/variants.py disputed --teacher teacher.pth runs/variants/disputed
+    python synthetic_data/variants.py jpeg --quality 5 runs/variants/jpeg
+
+A student learns from one by `main_train_cifar10.py --synthetic_data_dir FOLDER`. What a folder
+holds depends on nothing but these flags: choices are drawn with seed 0. It appears when it is
+complete, and is never changed afterwards.
+
+    subset     --count images
+    disputed   all those that the teacher takes for another class than the intended one
+    agreed     of those that it takes for the intended one, as many of each class as are disputed
+    undivided  of all, as many of each class as are disputed
+    blur       all, after a Gaussian blur of --radius pixels
+    jpeg       all, written as a JPEG of --quality
+"""
+
+import shutil
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import flags
+from data import TEST_BATCH_SIZE, DeviceLoader, ImageSet, load_cifake
+from engine import predict
+from experiment import UserError, one_line_errors, pick_device
+from models import load_model
+
+KINDS = ("subset", "disputed", "agreed", "undivided", "blur", "jpeg")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    parser = flags.Parser(__doc__)
+    add = parser.add_argument
+    add("kind", choices=KINDS, help="see above")
+    add("folder", type=Path, help="the new folder")
+    add(
+        "--synthetic_data_dir",
+        type=Path,
+        default=Path("synthetic_data/cifake_train_fake"),
+        metavar="DIR",
+        help="holds the images to choose from [%(default)s]",
+    )
+    add("--count", type=flags.whole(1, 10**9), default=10_000, help="of subset [%(default)s]")
+    add("--teacher", default="teacher_cifar10_finetuned.pth", metavar="FILE", help="[%(default)s]")
+    add("--radius", type=flags.number(0, 32, above=True), default=1.0, help="[%(default)s]")
+    add("--quality", type=flags.whole(1, 95), default=5, help="[%(default)s]")
+    return parser.parse_args(argv)
+
+
+def main(args: Namespace) -> None:
+    if args.folder.exists():
+        raise UserError(f"{args.folder} exists: name a new folder")
+    images = load_cifake(args.synthetic_data_dir)
+    listed = args.synthetic_data_dir.iterdir()
+    files = sorted(path for path in listed if not path.name.startswith("."))  # as `images` has them
+    partial = args.folder.with_name(args.folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    if args.kind in ("blur", "jpeg"):
+        for path, pixels in zip(files, images.images.permute(0, 2, 3, 1).numpy(), strict=True):
+            picture = Image.fromarray(pixels)  # (32, 32, 3)
+            if args.kind == "blur":
+                blurred = picture.filter(ImageFilter.GaussianBlur(args.radius))
+                blurred.save(partial / f"{path.stem}.png")
+            else:
+                picture.save(partial / f"{path.stem}.jpg", quality=args.quality)
+        count = len(files)
+    else:
+        chosen = choose(images, args)
+        for i in chosen.tolist():
+            shutil.copyfile(files[i], partial / files[i].name)
+        count = len(chosen)
+    partial.replace(args.folder)
+    print(f"{args.folder}: {count:,} images")
+
+
+def choose(images: ImageSet, args: Namespace) -> Tensor:
+    """Indices into `images`, int64 (n,), of those that `args.kind` names. Errors: UserError."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    if args.kind == "subset":
+        if args.count > len(images):
+            raise UserError(f"--count {args.count}: there are {len(images)} images")
+        return order[: args.count]
+    device, amp = pick_device("auto", "off")
+    teacher = load_model(args.teacher, classes=list(images.classes)).to(device)
+    loader = DeviceLoader(images, TEST_BATCH_SIZE, device, train=False)
+    disputed = predict(teacher, loader, amp).argmax(1).cpu() != images.labels
+    if args.kind == "disputed":
+        return disputed.nonzero()[:, 0]
+    if args.kind == "agreed":
+        order = order[~disputed[order]]
+    counts = torch.bincount(images.labels[disputed], minlength=len(images.classes))
+    of_classes = [order[images.labels[order] == label] for label in range(len(counts))]
+    if any(len(own) < n for own, n in zip(of_classes, counts, strict=True)):
+        raise UserError("of some class, more images are disputed than agreed with")
+    return torch.cat([own[:n] for own, n in zip(of_classes, counts, strict=True)])
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_args())
