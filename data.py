@@ -24,6 +24,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2.functional import resize
 
+import parallel
 from augmentations import AUGMENTATIONS, MIXES, draw_mixes, mix_labels
 from experiment import UserError
 from synthetic_data.demo_images import SHAPES, draw
@@ -330,7 +331,8 @@ class DeviceLoader:
     left over by the last full batch sit that epoch out, so that every step has the same shapes.
     With `mix`, one of MIXES, every batch is mixed, by shares from Beta(mix_alpha, mix_alpha), and
     labels become shares of the classes, float32 (B, classes). Without `train`, every image comes
-    once, in order and as it is. Errors: UserError if there is no full training batch.
+    once, in order and as it is. In a job of several ranks, each gets its part of every batch, or of
+    the images that come in order. Errors: UserError if there is no full training batch.
     """
 
     def __init__(
@@ -347,6 +349,10 @@ class DeviceLoader:
             raise UserError(
                 f"--batch_size {batch_size} is more than the {len(data)} training images"
             )
+        if train and batch_size % parallel.world_size():
+            raise UserError(
+                f"--batch_size {batch_size} cannot be shared by {parallel.world_size()} processes"
+            )
         self.images, self.labels = data.images.to(device), data.labels.to(device)
         self.batch_size, self.device, self.train = batch_size, torch.device(device), train
         self.augment, self.mix, self.mix_alpha = augment, mix, mix_alpha
@@ -357,21 +363,28 @@ class DeviceLoader:
         return full if self.train else full + (rest > 0)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = [slice(i * self.batch_size, (i + 1) * self.batch_size) for i in range(len(self))]
         if not self.train:
-            for batch in batches:
-                yield normalize(self.images[batch]), self.labels[batch]
+            own = parallel.own_part(len(self.images))
+            images, labels = self.images[own], self.labels[own]
+            for i in range(0, len(images), self.batch_size):
+                batch = slice(i, i + self.batch_size)
+                yield normalize(images[batch]), labels[batch]
             return
+        own = parallel.own_part(self.batch_size)
         order = torch.randperm(len(self.images)).to(self.device)
         draw, augment = AUGMENTATIONS[self.augment]
         draws = [values.to(self.device) for values in draw(len(self.images))]
         if self.mix != "none":
             mixes = [x.to(self.device) for x in draw_mixes(len(self), self.mix_alpha)]
-        for i, batch in enumerate(batches):
+        for i in range(len(self)):
+            first, size = i * self.batch_size, self.batch_size
+            if self.mix == "none":
+                first, size = first + own.start, own.stop - own.start
+            batch = slice(first, first + size)  # all of it where images are mixed with one another
             index = order[batch]
             labels = self.labels[index]
             images = normalize(augment(self.images[index], *(values[batch] for values in draws)))
             if self.mix != "none":
                 images, share = MIXES[self.mix](images, *(values[i] for values in mixes))
-                labels = mix_labels(labels, share, self.classes)
+                images, labels = images[own], mix_labels(labels, share, self.classes)[own]
             yield images, labels

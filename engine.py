@@ -7,16 +7,20 @@ only places that wait for the device.
 import copy
 import math
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+import parallel
 from data import DeviceLoader
+from experiment import UserError
 
 LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -56,6 +60,7 @@ class TrainStep:
     single launch (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). A graph reads
     and writes the same memory every time: each batch is copied there and has to have the shape of
     the first, the learning rate becomes a tensor, and `loss` and `hits` last until the next step.
+    A job of several ranks records no graph.
     """
 
     WARM_UP = 3  # ordinary steps before the recording: cuDNN chooses, the optimizer makes its state
@@ -70,7 +75,7 @@ class TrainStep:
     ) -> None:
         self.loss_fn, self.optimizer, self.amp, self.after = loss_fn, optimizer, amp, after
         self.device = optimizer.param_groups[0]["params"][0].device
-        self.records = graph and self.device.type == "cuda"
+        self.records = graph and self.device.type == "cuda" and parallel.world_size() == 1
         self.graph: torch.cuda.CUDAGraph | None = None
         self.count = 0
 
@@ -124,8 +129,9 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """One pass over `loader`; the rate changes after every batch.
 
-    `on_batch(images, loss)` is told the size and the loss of each batch; reading the loss
-    synchronises. Returns `loss` (mean), `hits` (percent) and `images_per_second`.
+    `on_batch(images, loss)` is told the size of each batch and this rank's loss of it; reading the
+    loss synchronises. Returns `loss` (mean), `hits` (percent) and `images_per_second`, over all
+    ranks.
     """
     model.train()
     began = time.perf_counter()
@@ -139,9 +145,32 @@ def train_one_epoch(
         loss_sum += loss * len(images)
         hit_sum += hits.sum()
         if on_batch is not None:
-            on_batch(len(images), loss)
-    loss, hits = loss_sum.item() / count, 100 * hit_sum.item() / count  # waits
-    return {"loss": loss, "hits": hits, "images_per_second": count / (time.perf_counter() - began)}
+            on_batch(len(images) * parallel.world_size(), loss)
+    sums = torch.stack([loss_sum, hit_sum.double(), torch.full_like(loss_sum, count)])
+    loss_sum, hit_sum, count = parallel.total(sums).tolist()  # waits
+    return {
+        "loss": loss_sum / count,
+        "hits": 100 * hit_sum / count,
+        "images_per_second": count / (time.perf_counter() - began),
+    }
+
+
+def distribute(model: nn.Module, sync_batchnorm: bool = False) -> nn.Module:
+    """`model` as it has to be called in training, for gradients to be averaged over the ranks.
+
+    It has the weights of `model`, which stays what is saved and tested. BatchNorm takes the
+    statistics of a rank's own part of the batch or, with `sync_batchnorm`, of the whole batch.
+    Errors: UserError, as PyTorch synchronises BatchNorm on GPUs only.
+    """
+    if parallel.world_size() == 1:
+        return model
+    if sync_batchnorm:
+        if not next(model.parameters()).is_cuda:
+            raise UserError("--sync_bn needs GPUs")
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.15 has a longer name for it
+        return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 class WeightAverage:
@@ -168,13 +197,16 @@ class WeightAverage:
 
 @torch.inference_mode()
 def predict(model: nn.Module, loader: DeviceLoader, amp: torch.dtype | None = None) -> Tensor:
-    """The logits of `model` in eval mode for all of `loader`, float32 (N, classes), in order."""
+    """The logits of `model` in eval mode for all of `loader`, float32 (N, classes), in order.
+
+    Each rank goes through its part of the images, and gets the logits of all.
+    """
     model.eval()
-    logits = []
+    logits = [torch.empty(0, loader.classes, device=loader.device)]
     for images, _ in loader:
         with torch.autocast(loader.device.type, dtype=amp, enabled=amp is not None):
             logits.append(model(images).float())
-    return torch.cat(logits)
+    return parallel.all_rows(torch.cat(logits), len(loader.labels))
 
 
 def evaluate(

@@ -25,7 +25,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
+
+import parallel
 
 try:
     import fcntl
@@ -63,26 +65,41 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (UserError, OSError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+        _exit(str(error))
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: {str(error).splitlines()[0]} A smaller --batch_size takes less.")
+        _exit(f"{str(error).splitlines()[0]} A smaller --batch_size takes less.")
     except Stopped as stop:
-        sys.stderr.write(f"\n{stop}\n")
+        if parallel.leads():
+            sys.stderr.write(f"\n{stop}\n")
         sys.exit(128 + stop.number)
+    except RuntimeError as error:
+        if not parallel.is_lost_rank(error):
+            raise
+        _exit("another process of this job has died")
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
         sys.exit(130)
+
+
+def _exit(message: str) -> NoReturn:
+    if not parallel.leads():
+        time.sleep(5)  # rank 0 has most likely said the same, and torchrun ends this one meanwhile
+        message = f"rank {parallel.rank()}: {message}"
+    sys.exit("error: " + " ".join(message.split()))
 
 
 def pick_device(name: str, amp: str) -> tuple[torch.device, torch.dtype | None]:
     """The device to run on, and the dtype of autocast; None stands for plain float32.
 
     `name` is auto (CUDA where there is one), cpu, cuda or cuda:N; `amp` is bf16, off or auto, which
-    is bf16 on a GPU that has it in hardware. Errors: UserError when there is no such CUDA device.
+    is bf16 on a GPU that has it in hardware. Each rank of a job has a GPU of its own. Errors:
+    UserError when there is no such CUDA device.
     """
     count = torch.cuda.device_count()
     device = torch.device(name if name != "auto" else "cuda" if count else "cpu")
     if device.type == "cuda":
+        if parallel.world_size() > 1 and device.index is None:
+            device = torch.device("cuda", parallel.local_rank())
         if (device.index or 0) >= count:
             raise UserError(f"--device {name}: PyTorch finds {count} CUDA devices here")
         torch.backends.cudnn.benchmark = True  # faster, and why CUDA runs do not repeat bit for bit
@@ -114,8 +131,8 @@ class Run:
     After each epoch a copy of all that training goes on with is made; it is written when the last
     writing is `SAVE_EVERY` seconds ago. The block `with run:` ends, at the latest at SIGINT or
     SIGTERM, with writing what waits. The history is kept in `last.pt`, and `metrics.csv` is written
-    from it, whole: they cannot disagree, and no row is ever cut in half. Errors: UserError,
-    OSError.
+    from it, whole: they cannot disagree, and no row is ever cut in half. In a job of several ranks,
+    rank 0 alone touches the folder. Errors: UserError, OSError.
     """
 
     def __init__(self, args: Namespace, kind: str, identity: dict, **notes) -> None:
@@ -125,6 +142,8 @@ class Run:
         self.epochs = args.epochs
         self.stop_signal: int | None = None
         self.busy = False
+        if not parallel.leads():
+            return
         self.output = args.output
         self.output.parent.mkdir(parents=True, exist_ok=True)
         if self.output.is_dir() or not os.access(self.output.parent, os.W_OK):
@@ -165,9 +184,9 @@ class Run:
 
         `trained` is the network that training goes on with, where `model` is its average.
         """
-        path = self.folder / "last.pt"
-        if path.exists():
-            state = load(path)
+        path = self.folder / "last.pt" if parallel.leads() else None
+        state = parallel.from_leader(load(path) if path and path.exists() else None)
+        if state is not None:
             try:
                 model.load_state_dict(state["model"])
                 if trained is not None:
@@ -180,7 +199,8 @@ class Run:
                 self.history = _checked(state["history"])
             except Exception as error:  # a file that was tampered with can raise nearly anything
                 raise UserError(f"{path} is not the checkpoint of this run") from error
-            self._write_metrics()
+            if parallel.leads():
+                self._write_metrics()
         return len(self.history) + 1
 
     def record(
@@ -195,20 +215,30 @@ class Run:
         self._check(row, checkpoint["model"])
         self.busy = True  # a signal waits until history and files agree again
         self.history.append(row)
+        due = parallel.leads() and self._keep(checkpoint, optimizer, scheduler, trained)
+        self.busy = False
+        if self.stop_signal:
+            self._stop()
+        return due
+
+    def _keep(
+        self,
+        checkpoint: dict,
+        optimizer: Optimizer,
+        scheduler: LambdaLR,
+        trained: nn.Module | None,
+    ) -> bool:
         checkpoint = {**checkpoint, "provenance": self._provenance()}
         training = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
         if trained is not None:
             training["trained"] = trained.state_dict()
         last = _copied({**checkpoint, **training, "history": self.history})
         self.waiting["last.pt"] = last
-        if self.best is row:
+        if self.best is self.history[-1]:
             self.waiting["best.pt"] = {key: last[key] for key in checkpoint}
         due = time.monotonic() - self.saved_at >= SAVE_EVERY
         if due:
             self.flush()
-        self.busy = False
-        if self.stop_signal:
-            self._stop()
         return due
 
     def flush(self) -> None:
@@ -240,13 +270,23 @@ class Run:
             signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(self, *error) -> None:
-        self._give_back_signals()
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if self.stop_signal is None:
+            self._give_back_signals()
         self.flush()
-        self.lock.close()
+        if parallel.leads():
+            self.lock.close()
+            if parallel.is_lost_rank(error):
+                raise UserError(
+                    f"another process of this job has died; {self._way_on()}"
+                ) from error
 
     def _on_signal(self, number: int, frame: object) -> None:
-        self._give_back_signals()  # a second one ends at once
+        if parallel.world_size() == 1:
+            self._give_back_signals()  # a second one ends at once
+        else:
+            for other in STOP_SIGNALS:  # torchrun sends a second one at once, and kills later
+                signal.signal(other, signal.SIG_IGN)
         self.stop_signal = number
         if not self.busy:
             self._stop()
@@ -256,12 +296,13 @@ class Run:
             signal.signal(number, handler)
 
     def _stop(self) -> None:
-        done, script = len(self.history), shlex.quote(sys.argv[0])
-        raise Stopped(
-            self.stop_signal,
-            f"stopped after epoch {done} of {self.epochs}; to go on:\n"
-            f"python {script} --resume {shlex.quote(str(self.folder))}",
-        )
+        way_on = self._way_on() if parallel.leads() else ""
+        message = f"stopped after epoch {len(self.history)} of {self.epochs}; {way_on}"
+        raise Stopped(self.stop_signal, message)
+
+    def _way_on(self) -> str:
+        script, folder = shlex.quote(sys.argv[0]), shlex.quote(str(self.folder))
+        return f"to go on:\n{parallel.launcher()} {script} --resume {folder}"
 
     @property
     def best(self) -> dict[str, float]:
@@ -269,11 +310,13 @@ class Run:
         return max(self.history, key=lambda row: row["test_accuracy"])
 
     def finish(self, checkpoint: dict, per_class: list[float]) -> None:
-        """Export the network of the last epoch to `--output`, and print what came out.
+        """Export the network of the last epoch to `--output`, and print what came out: on rank 0.
 
         A file that is already there is not lost, unless this very run has made it: it is renamed.
         `per_class`, the accuracy of each class in percent, goes to `per_class.csv`.
         """
+        if not parallel.leads():
+            return
         self.flush()
         table = zip(checkpoint["classes"], per_class, strict=True)
         with replacing(self.folder / "per_class.csv") as file:
@@ -379,8 +422,10 @@ def surroundings(device: str) -> dict:
     hardware = f"CPU, {threads} thread{'s' * (threads > 1)}"
     if torch.cuda.is_available() and device != "cpu":
         hardware = torch.cuda.get_device_name(None if device == "auto" else device)
+    if parallel.world_size() > 1:
+        hardware = f"{parallel.world_size()} x {hardware}"
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join([*parallel.launcher().split(), *sys.argv]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "git_commit": commit,
         "python": platform.python_version(),
@@ -459,7 +504,7 @@ class Progress:
     """On a terminal, tqdm bars for epochs and batches; anywhere else, one printed line an epoch."""
 
     def __init__(self, first_epoch: int, epochs: int, images: int) -> None:
-        quiet = not sys.stderr.isatty()
+        quiet = not (sys.stderr.isatty() and parallel.leads())
         self.epochs = tqdm(total=epochs, initial=first_epoch - 1, unit="epoch", disable=quiet)
         self.images = tqdm(total=images, unit="img", unit_scale=True, leave=False, disable=quiet)
         self.on_batch = None if quiet else self._on_batch

@@ -1,4 +1,4 @@
-"""Make a ResNet18 an expert on real CIFAR-10: the teacher.
+"""Make a network, a ResNet18 unless told otherwise, an expert on real CIFAR-10: the teacher.
 
     python fine_tune_teacher_cifar10.py --epochs 15 --lr 0.001 --batch_size 128
 
@@ -16,19 +16,21 @@ from pathlib import Path
 from torch import Tensor
 
 import flags
+import parallel
 from data import TEST_BATCH_SIZE, DeviceLoader, load_cifar10, load_demo
 from engine import (
     TrainStep,
     WeightAverage,
     build_optimizer,
     build_scheduler,
+    distribute,
     evaluate,
     label_loss,
     per_class_accuracy,
     train_one_epoch,
 )
 from experiment import Progress, Run, one_line_errors, pick_device, seed_everything
-from models import STEMS, build_model, init_from, to_checkpoint
+from models import ARCHITECTURES, STEMS, build_model, init_from, to_checkpoint
 from plots import plot_run
 
 # The published recipe, and the demo's.
@@ -45,19 +47,26 @@ DEMO = dict(
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = flags.Parser(__doc__)
     flags.add_data_flags(parser)
-    model = parser.add_argument_group("model (ResNet18)")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--arch",
+        choices=ARCHITECTURES,
+        default="resnet18",
+        metavar="NAME",
+        help=f"one of {', '.join(ARCHITECTURES)} [%(default)s]",
+    )
     model.add_argument(
         "--stem",
         choices=STEMS,
         default="cifar",
-        help="3x3 without pooling, or torchvision's own 7x7 with pooling [%(default)s]",
+        help="made for 32x32 pictures, or torchvision's own for 224x224 [%(default)s]",
     )
     model.add_argument(
         "--init",
         default="imagenet",
         metavar="START",
         help="imagenet: torchvision's IMAGENET1K_V1; random; or the path of a weight file for "
-        "torchvision's ResNet18 [%(default)s]",
+        "torchvision's network [%(default)s]",
     )
     flags.add_optimisation_flags(parser, **RECIPE)
     flags.add_augmentation_flags(parser)
@@ -67,13 +76,15 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 def main(args: Namespace) -> None:
     device, amp = pick_device(args.device, args.amp)
+    parallel.start(device)
 
     # data
-    if args.demo:
-        train_set, test_set = load_demo("train"), load_demo("test")
-    else:
-        train_set = load_cifar10(args.data_dir, train=True)
-        test_set = load_cifar10(args.data_dir, train=False)
+    with parallel.leader_first():
+        if args.demo:
+            train_set, test_set = load_demo("train"), load_demo("test")
+        else:
+            train_set = load_cifar10(args.data_dir, train=True)
+            test_set = load_cifar10(args.data_dir, train=False)
     train_set, test_set = train_set.first(args.limit), test_set.first(args.limit)
     views = {"augment": args.augment, "mix": args.mix, "mix_alpha": args.mix_alpha}
     train_loader = DeviceLoader(train_set, args.batch_size, device, train=True, **views)
@@ -81,14 +92,16 @@ def main(args: Namespace) -> None:
 
     # model, optimizer, scheduler
     seed_everything(args.seed)
-    teacher = build_model("resnet18", args.stem, len(test_set.classes))
-    print(f"start: {init_from(teacher, args.init)}", flush=True)
+    teacher = build_model(args.arch, args.stem, len(test_set.classes))
+    with parallel.leader_first():
+        print(f"start: {init_from(teacher, args.init)}", flush=True)
     teacher.to(device)
+    distributed = distribute(teacher, args.sync_bn)  # `teacher` itself, but with torchrun
     optimizer = build_optimizer(teacher, args)
     scheduler = build_scheduler(optimizer, args, args.epochs * len(train_loader))
 
     def loss_fn(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return label_loss(teacher(images), labels)
+        return label_loss(distributed(images), labels)
 
     # the run
     average = WeightAverage(teacher, args.ema) if args.ema else None
@@ -102,6 +115,7 @@ def main(args: Namespace) -> None:
             began, lr = time.perf_counter(), float(scheduler.get_last_lr()[0])
             seed_everything(args.seed, epoch)
             train = train_one_epoch(teacher, train_loader, step, scheduler, progress.on_batch)
+            parallel.average_statistics(teacher, shown)
             test = evaluate(shown, test_loader, amp)
             row = {
                 "epoch": epoch,
@@ -120,7 +134,8 @@ def main(args: Namespace) -> None:
         progress.close()
         per_class = per_class_accuracy(shown, test_loader, amp)
         run.finish(to_checkpoint(shown, test_set.classes), per_class)
-        plot_run(run.folder)
+        if parallel.leads():
+            plot_run(run.folder)
 
 
 if __name__ == "__main__":

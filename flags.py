@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import torch
 
+import parallel
 from augmentations import AUGMENTATIONS, MIXES
 from experiment import UserError, read_config, refuse_if_used
 
@@ -168,7 +169,7 @@ def add_augmentation_flags(parser: Parser) -> None:
 
 
 def add_run_flags(parser: Parser, kind: str, output: str) -> None:
-    """--seed, --device, --amp, --run_dir, --resume and --output."""
+    """From --seed to --output: what any run of any script has."""
     add = parser.add_argument_group("run").add_argument
     add(
         "--seed",
@@ -188,6 +189,11 @@ def add_run_flags(parser: Parser, kind: str, output: str) -> None:
         "--no_graph",
         action="store_true",
         help="on CUDA, launch every kernel from Python instead of replaying a recorded graph",
+    )
+    add(
+        "--sync_bn",
+        action="store_true",
+        help="with torchrun, on GPUs: BatchNorm over the whole batch, not a process's part of it",
     )
     add("--run_dir", type=Path, metavar="DIR", help=f"new folder of the run [runs/{kind}-001, ...]")
     add("--resume", type=Path, metavar="DIR", help="go on with the stopped run in DIR")
@@ -217,7 +223,7 @@ def parse(parser: Parser, argv: Sequence[str] | None, kind: str, demo: dict) -> 
     if args.nesterov and args.momentum == 0:
         parser.error("--nesterov needs a --momentum above 0")
     if args.resume is None:
-        if args.run_dir is not None:
+        if args.run_dir is not None and parallel.leads():
             refuse_if_used(args.run_dir)
         return args
     if args.run_dir is not None:

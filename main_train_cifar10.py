@@ -3,11 +3,11 @@
     python main_train_cifar10.py --epochs 50 --lr 0.05 --batch_size 128 \\
         --teacher_weights teacher_cifar10_finetuned.pth
 
-A randomly initialised ResNet18 sees the 50,000 AI-generated images of CIFAKE and learns to match
-the teacher's softened outputs, T^2 * KL(teacher || student) at T = 10. It is shown no real image
-and no label; after every epoch it is tested on the 10,000 real test images. student_cifar10_kd.pth
-is written when the last epoch is done. Plots, metrics.csv and checkpoints are in runs/student-001
-while it runs. Measured times and accuracies are in the README.
+A randomly initialised network, a ResNet18 unless told otherwise, sees the 50,000 AI-generated
+images of CIFAKE and learns to match the teacher's softened outputs, T^2 * KL(teacher || student) at
+T = 10. It is shown no real image and no label; after every epoch it is tested on the 10,000 real
+test images. student_cifar10_kd.pth is written when the last epoch is done. Plots, metrics.csv and
+checkpoints are in runs/student-001 while it runs. Measured times and accuracies are in the README.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import flags
+import parallel
 from data import (
     TEST_BATCH_SIZE,
     DeviceLoader,
@@ -35,6 +36,7 @@ from engine import (
     WeightAverage,
     build_optimizer,
     build_scheduler,
+    distribute,
     evaluate,
     evaluate_kd,
     kd_loss,
@@ -43,7 +45,7 @@ from engine import (
     train_one_epoch,
 )
 from experiment import Progress, Run, UserError, one_line_errors, pick_device, seed_everything
-from models import STEMS, build_model, cast_once, load_model, to_checkpoint
+from models import ARCHITECTURES, STEMS, build_model, cast_once, load_model, to_checkpoint
 from plots import plot_run
 
 # The published recipe, and the demo's.
@@ -85,12 +87,19 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         help="keep N training images apart, to choose a recipe by how well the student matches the "
         "teacher on them: columns val_kd_loss and val_agreement [%(default)s]",
     )
-    model = parser.add_argument_group("model (ResNet18)")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--student_arch",
+        choices=ARCHITECTURES,
+        default="resnet18",
+        metavar="NAME",
+        help=f"one of {', '.join(ARCHITECTURES)} [%(default)s]",
+    )
     model.add_argument(
         "--stem",
         choices=STEMS,
         default="cifar",
-        help="3x3 without pooling, or torchvision's own 7x7 with pooling [%(default)s]",
+        help="made for 32x32 pictures, or torchvision's own for 224x224 [%(default)s]",
     )
     flags.add_optimisation_flags(parser, **RECIPE)
     flags.add_augmentation_flags(parser)
@@ -101,6 +110,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         default="teacher_cifar10_finetuned.pth",
         metavar="FILE",
         help="the teacher; 'random' is an untrained one, as a control [%(default)s]",
+    )
+    distillation.add_argument(
+        "--arch",
+        choices=ARCHITECTURES,
+        metavar="NAME",
+        help="the network that the teacher has to be [what its file holds; random: resnet18]",
     )
     distillation.add_argument(
         "--teacher_stem",
@@ -133,10 +148,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 def main(args: Namespace) -> None:
     device, amp = pick_device(args.device, args.amp)
+    parallel.start(device)
 
     # data: the student trains on synthetic images, and is tested on real ones
-    train_set, held_out = load_train_set(args).hold_out(args.holdout)
-    test_set = load_demo("test") if args.demo else load_cifar10(args.data_dir, train=False)
+    with parallel.leader_first():
+        train_set, held_out = load_train_set(args).hold_out(args.holdout)
+        test_set = load_demo("test") if args.demo else load_cifar10(args.data_dir, train=False)
     test_set = test_set.first(args.limit)
     views = {"augment": args.augment, "mix": args.mix, "mix_alpha": args.mix_alpha}
     train_loader = DeviceLoader(train_set, args.batch_size, device, train=True, **views)
@@ -145,7 +162,8 @@ def main(args: Namespace) -> None:
 
     # models, optimizer, scheduler
     seed_everything(args.seed)
-    student = build_model("resnet18", args.stem, len(test_set.classes)).to(device)
+    student = build_model(args.student_arch, args.stem, len(test_set.classes)).to(device)
+    distributed = distribute(student, args.sync_bn)  # `student` itself, but with torchrun
     teacher, teacher_sha256 = load_teacher(args, test_set.classes)
     teacher = teacher.to(device).eval().requires_grad_(False)
     cast_once(teacher, amp)
@@ -157,12 +175,12 @@ def main(args: Namespace) -> None:
     def loss_fn(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # the labels are not used
         with torch.inference_mode():
             teacher_logits = teacher(images)
-        student_logits = student(images)
+        student_logits = distributed(images)
         loss = kd_loss(student_logits, teacher_logits, args.temperature)
         return loss, student_logits.argmax(1) == teacher_logits.argmax(1)
 
     def hard_loss_fn(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # a control
-        return label_loss(student(images), labels)
+        return label_loss(distributed(images), labels)
 
     # the run
     average = WeightAverage(student, args.ema) if args.ema else None
@@ -183,6 +201,7 @@ def main(args: Namespace) -> None:
             began, lr = time.perf_counter(), float(scheduler.get_last_lr()[0])
             seed_everything(args.seed, epoch)
             train = train_one_epoch(student, train_loader, step, scheduler, progress.on_batch)
+            parallel.average_statistics(student, shown)
             test = evaluate(shown, test_loader, amp)
             row = {
                 "epoch": epoch,
@@ -204,7 +223,8 @@ def main(args: Namespace) -> None:
         progress.close()
         per_class = per_class_accuracy(shown, test_loader, amp)
         run.finish(to_checkpoint(shown, test_set.classes), per_class)
-        plot_run(run.folder)
+        if parallel.leads():
+            plot_run(run.folder)
 
 
 def load_train_set(args: Namespace) -> ImageSet:
@@ -224,15 +244,14 @@ def load_teacher(args: Namespace, classes: tuple[str, ...]) -> tuple[nn.Module, 
     """The teacher, and a checksum of its weights: a run has to go on with the same."""
     stem = args.teacher_stem or args.stem
     if args.teacher_weights == "random":
-        return build_model("resnet18", stem, len(classes)), None
+        return build_model(args.arch or "resnet18", stem, len(classes)), None
     path = Path(args.teacher_weights)
     if not path.is_file():
         raise UserError(
             f"no teacher at {path}: make one with `python fine_tune_teacher_cifar10.py`"
         )
-    teacher = load_model(
-        path, arch="resnet18", stem=stem, num_classes=len(classes), classes=list(classes)
-    )
+    expected = {"stem": stem, "num_classes": len(classes), "classes": list(classes)}
+    teacher = load_model(path, **expected, **({"arch": args.arch} if args.arch else {}))
     checksum = hashlib.sha256()
     for key, value in sorted(teacher.state_dict().items()):
         checksum.update(key.encode() + value.contiguous().numpy().tobytes())

@@ -11,33 +11,80 @@ A checkpoint is a dict of tensors and plain types:
 Weight files are only ever loaded with `weights_only=True`: a file from a stranger cannot run code.
 """
 
+import functools
 from pathlib import Path
 
 import torch
+import torchvision
 from torch import Tensor, nn
-from torchvision.models import ResNet18_Weights, resnet18
 
 from experiment import UserError, load
+from wide_resnet import WideResNet
 
-ARCHITECTURES = {"resnet18": resnet18}
 STEMS = ("cifar", "imagenet")
+HEADS = ("fc.", "classifier.")  # where the names of the last layers' weights begin
 
 
 def build_model(arch: str = "resnet18", stem: str = "cifar", num_classes: int = 10) -> nn.Module:
-    """A randomly initialised torchvision network, from (B, 3, H, W) to logits (B, num_classes).
+    """A randomly initialised network, one of ARCHITECTURES: (B, 3, H, W) -> (B, num_classes).
 
-    The stem "imagenet" is torchvision's own: a 7x7 convolution of stride 2, then max-pooling, so
-    that the residual blocks see 32x32 pictures at 8x8. The stem "cifar" is a 3x3 convolution of
-    stride 1 and no pooling: the blocks see all 32x32 (He et al. 2016, arXiv 1512.03385, section
-    4.2).
+    The stem "imagenet" is torchvision's own, which halves the picture two to five times before it
+    is small enough: a ResNet's blocks see 32x32 pictures at 8x8. The stem "cifar" is for 32x32, see
+    the functions below. Errors: UserError for the ImageNet stem of a wide ResNet.
     """
-    model = ARCHITECTURES[arch](num_classes=num_classes)
-    if stem == "cifar":
-        model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-        model.maxpool = nn.Identity()
+    width = {f"wrn_{depth}_{width}": (depth, width) for depth, width in WIDE_RESNETS}
+    if arch in width:
+        if stem != "cifar":
+            raise UserError(f"{arch} is made for 32x32 pictures: it has the cifar stem only")
+        model = WideResNet(*width[arch], num_classes)
+    else:
+        model = torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
+        if stem == "cifar":
+            FOR_CIFAR[arch](model)
     model.spec = {"arch": arch, "stem": stem, "num_classes": num_classes}
     return model.to(memory_format=torch.channels_last)
+
+
+def _small_resnet(model: nn.Module) -> None:
+    """A 3x3 convolution of stride 1 and no pooling (He et al. 2016, arXiv 1512.03385, sec. 4.2)."""
+    model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+
+
+def _small_vgg(model: nn.Module) -> None:
+    """One linear layer on the 512 channels that five poolings leave at 1x1, instead of three.
+
+    As in the tables of data-free distillation (Fang et al. 2021, arXiv 2105.08584).
+    """
+    model.avgpool = nn.AdaptiveAvgPool2d(1)
+    model.classifier = nn.Linear(512, model.classifier[-1].out_features)
+    nn.init.normal_(model.classifier.weight, 0, 0.01)
+    nn.init.zeros_(model.classifier.bias)
+
+
+def _small_mobilenet(model: nn.Module) -> None:
+    """Stride 1 in the first convolution and the second stage: 4x4 at the end instead of 1x1."""
+    model.features[0][0].stride = (1, 1)
+    model.features[2].conv[1][0].stride = (1, 1)
+
+
+def _small_shufflenet(model: nn.Module) -> None:
+    """Stride 1 in the first convolution and no pooling: 4x4 at the end instead of 1x1."""
+    model.conv1[0].stride = (1, 1)
+    model.maxpool = nn.Identity()
+
+
+FOR_CIFAR = {
+    "resnet18": _small_resnet,
+    "resnet34": _small_resnet,
+    "resnet50": _small_resnet,
+    "vgg11_bn": _small_vgg,
+    "mobilenet_v2": _small_mobilenet,
+    "shufflenet_v2_x1_0": _small_shufflenet,
+}
+WIDE_RESNETS = ((40, 2), (16, 2), (40, 1), (16, 1), (16, 4))  # depth and width
+ARCHITECTURES = (*FOR_CIFAR, *(f"wrn_{depth}_{width}" for depth, width in WIDE_RESNETS))
 
 
 def cast_once(model: nn.Module, dtype: torch.dtype | None) -> None:
@@ -76,46 +123,66 @@ def load_model(path: str | Path, **expected: str | int | list[str]) -> nn.Module
     Errors: UserError, which says what was expected and what was found.
     """
     weights, said = read_weights(path)
-    shapes = _spec_from_shapes(weights)
-    found = {**shapes, **said}
+    hint = {**expected, **said}
+    spec = _recognise(weights, hint)
+    if spec is None:
+        if hint.get("arch") in list(ARCHITECTURES) and hint.get("stem") in STEMS:
+            likely = (hint["arch"], hint["stem"], _outputs(weights))
+            _refuse_misfits(likely, weights, path)
+        raise UserError(f"{path}: expected one of {', '.join(ARCHITECTURES)}, found none of them")
+    found = {**spec, **said}
     for key, value in expected.items():
         if found.get(key, value) != value:
             raise UserError(f"{path}: expected {key} {value}, found {found[key]}")
-    if shapes["arch"] not in ARCHITECTURES or shapes["stem"] not in STEMS:
-        network = "{arch} with the {stem} stem".format(**shapes)
-        raise UserError(f"{path}: expected one of {', '.join(ARCHITECTURES)}, found {network}")
-    for key, value in shapes.items():
+    for key, value in spec.items():
         if found[key] != value:
             raise UserError(f"{path} says that its {key} is {found[key]}, but it is {value}")
-    model = build_model(**shapes)
-    _load_exactly(model, weights, path)
+    model = build_model(**spec)
+    model.load_state_dict(weights)
     return model.eval()
 
 
-def _spec_from_shapes(weights: dict[str, Tensor]) -> dict:
-    """Which ResNet a state dict belongs to, by its kernels, its blocks and its head."""
-    conv1, bias = weights.get("conv1.weight"), weights.get("fc.bias")
-    if conv1 is None or conv1.ndim != 4 or bias is None or bias.ndim != 1:
-        return {"arch": "no ResNet", "stem": "unknown", "num_classes": 0}
-    kernel = conv1.shape[-1]
-    blocks = sum(key.endswith(".bn1.weight") for key in weights)
-    depth = 3 if any(key.endswith(".conv3.weight") for key in weights) else 2
-    return {
-        "arch": f"resnet{depth * blocks + 2}",
-        "stem": {3: "cifar", 7: "imagenet"}.get(kernel, f"{kernel}x{kernel}"),
-        "num_classes": len(bias),
-    }
+def _recognise(weights: dict[str, Tensor], hint: dict) -> dict | None:
+    """The network that a state dict fits: that of `hint`, or else any; None if there is none.
+
+    MobileNetV2 and ShuffleNetV2 have the same shapes with either stem, as strides leave no trace in
+    a state dict: without a hint, these are taken for the first of STEMS.
+    """
+    shapes = {key: tuple(value.shape) for key, value in weights.items()}
+    specs = [
+        {"arch": arch, "stem": stem, "num_classes": _outputs(weights)}
+        for arch in ARCHITECTURES
+        for stem in STEMS
+        if _outputs(weights) and (stem == "cifar" or arch in FOR_CIFAR)
+    ]
+    specs.sort(key=lambda spec: sum(hint.get(key) != value for key, value in spec.items()))
+    return next((spec for spec in specs if _shapes(*spec.values()) == shapes), None)
 
 
-def _load_exactly(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
-    own = model.state_dict()
+def _outputs(weights: dict[str, Tensor]) -> int:
+    """How many classes a state dict tells apart."""
+    heads = sorted(key for key in weights if key.startswith(HEADS) and key.endswith("bias"))
+    return weights[heads[-1]].numel() if heads else 0
+
+
+@functools.cache
+def _shapes(arch: str, stem: str, num_classes: int) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):  # no memory, and no random numbers are drawn
+        state = build_model(arch, stem, num_classes).state_dict()
+    return {key: tuple(value.shape) for key, value in state.items()}
+
+
+def _refuse_misfits(
+    spec: tuple[str, str, int], weights: dict[str, Tensor], source: str | Path
+) -> None:
+    """Errors: UserError that names the first tensor which is not that of the network `spec`."""
+    own = _shapes(*spec)
     for key in sorted(own.keys() | weights.keys()):
-        expected = tuple(own[key].shape) if key in own else "nothing"
+        expected = own.get(key, "nothing")
         found = tuple(weights[key].shape) if key in weights else "nothing"
         if expected != found:
-            name = "{arch} with the {stem} stem".format(**model.spec)
+            name = f"{spec[0]} with the {spec[1]} stem"
             raise UserError(f"{source} is no {name}: {key}: expected {expected}, found {found}")
-    model.load_state_dict(weights)
 
 
 def init_from(model: nn.Module, source: str) -> str:
@@ -126,29 +193,42 @@ def init_from(model: nn.Module, source: str) -> str:
     """
     if source == "random":
         return "random weights"
-    weights = _imagenet_weights() if source == "imagenet" else read_weights(source)[0]
+    arch = model.spec["arch"]
+    weights = _imagenet_weights(arch) if source == "imagenet" else read_weights(source)[0]
     own, weights = model.state_dict(), dict(weights)
     for key in own:
         if key.endswith("num_batches_tracked"):  # files from before PyTorch 0.4.1 lack these
             weights.setdefault(key, own[key])
 
-    cropped, stem = "", weights.get("conv1.weight", own["conv1.weight"])
-    if stem.shape[2:] == (7, 7) and model.spec["stem"] == "cifar":
+    cropped, conv1 = "", own.get("conv1.weight")
+    stem = weights.get("conv1.weight", conv1)
+    if conv1 is not None and (stem.shape[2:], conv1.shape[2:]) == ((7, 7), (3, 3)):
         weights["conv1.weight"] = stem[:, :, 2:5, 2:5]
         cropped = ", conv1 from the centre of its 7x7 kernels"
-    new = [k for k in ("fc.weight", "fc.bias") if k in weights and weights[k].shape != own[k].shape]
+    heads = {key for key in own.keys() | weights.keys() if key.startswith(HEADS)}
+    fits = all(_same_shape(own, weights, key) for key in heads)
+    new = [] if fits else sorted(heads & own.keys(), reverse=True)
+    weights = {key: value for key, value in weights.items() if fits or key not in heads}
     weights |= {key: own[key] for key in new}
 
-    _load_exactly(model, weights, source)
+    _refuse_misfits(tuple(model.spec.values()), weights, source)
+    model.load_state_dict(weights)
     taken = f"{len(own) - len(new)} of {len(own)} tensors from {source}{cropped}"
     return f"{taken}; new: {', '.join(new) or 'none'}"
 
 
-def _imagenet_weights() -> dict[str, Tensor]:
+def _same_shape(a: dict[str, Tensor], b: dict[str, Tensor], key: str) -> bool:
+    return key in a and key in b and a[key].shape == b[key].shape
+
+
+def _imagenet_weights(arch: str) -> dict[str, Tensor]:
+    if arch not in FOR_CIFAR:
+        raise UserError(f"torchvision has no ImageNet weights of {arch}: use --init random")
+    weights = torchvision.models.get_model_weights(arch).IMAGENET1K_V1
     try:
-        return ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
+        return weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:  # no network, or a download cut short
         raise UserError(
             f"torchvision's ImageNet weights cannot be downloaded ({error}); use --init random, or "
-            "--init PATH with a weight file for torchvision's ResNet18"
+            f"--init PATH with a weight file for torchvision's {arch}"
         ) from error

@@ -140,7 +140,7 @@ def test_teachers(student, workdir):
     torch.save(to_checkpoint(build_model("resnet18", "imagenet", 100), data.CLASSES), "c100.pth")
     student("expected num_classes 10, found 100", teacher_weights="c100.pth")
     torch.save(resnet34(num_classes=10).state_dict(), "r34.pth")
-    student("expected arch resnet18, found resnet34", teacher_weights="r34.pth")
+    student("expected arch resnet18, found resnet34", teacher_weights="r34.pth", arch="resnet18")
 
 
 def test_cifar10(student, cifar10_binary, workdir):
