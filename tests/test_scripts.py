@@ -215,6 +215,16 @@ def test_a_student_may_have_another_stem_when_it_is_said(workdir, demo_teacher):
     run_student(*flags, "--teacher_stem", "imagenet")
 
 
+def test_teacher_and_student_may_be_other_networks(workdir):
+    run_teacher("--arch", "wrn_16_1", "--stem", "cifar", "--epochs", 1)
+    flags = ["--student_arch", "shufflenet_v2_x1_0", "--stem", "cifar", "--epochs", 1]
+    with pytest.raises(UserError, match="expected arch resnet18, found wrn_16_1"):
+        run_student(*flags, "--arch", "resnet18")
+    run_student(*flags)
+    specs = [load_model(path).spec for path in sorted(Path("runs/demo").glob("*.pth"))]
+    assert [spec["arch"] for spec in specs] == ["shufflenet_v2_x1_0", "wrn_16_1"]
+
+
 def test_a_teacher_of_other_classes_is_refused(workdir, demo_teacher, cifake, cifar10_binary):
     flags = ["--data_dir", cifar10_binary, "--synthetic_data_dir", cifake, "--stem", "imagenet"]
     argv = [*flags, "--teacher_weights", demo_teacher, "--batch_size", 8]

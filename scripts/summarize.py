@@ -1,0 +1,110 @@
+"""Gather finished runs under results/: their tables, one summary.csv and one plot.
+
+    python scripts/summarize.py results/controls runs/controls/*/
+
+A run's folder is named SETTING-SEED. Its config.json, metrics.csv and per_class.csv are copied;
+summary.csv has a row for each setting: how many seeds, the teacher's accuracy, mean and sample
+standard deviation of the last epoch's, the mean of the best epochs (picked on the test set), the
+agreement with the teacher at the end, the minutes of a run, hardware and commit.
+"""
+
+import csv
+import io
+import shutil
+import statistics
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import flags
+from experiment import one_line_errors, read_config, replacing
+from plots import read_metrics
+
+KEPT = ("config.json", "metrics.csv", "per_class.csv")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    parser = flags.Parser(__doc__)
+    parser.add_argument("output", type=Path, metavar="RESULTS", help="a folder, new or not")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
+    return parser.parse_args(argv)
+
+
+def main(args: Namespace) -> None:
+    settings: dict[str, list[dict]] = {}
+    for folder in args.runs:
+        config, metrics = read_config(folder), read_metrics(folder)
+        if metrics["epoch"][-1] != config["args"]["epochs"]:
+            print(f"{folder} is not finished: left out")
+            continue
+        copy = args.output / folder.name
+        if copy.resolve() != folder.resolve():
+            copy.mkdir(parents=True, exist_ok=True)
+            for path in (folder / name for name in KEPT):
+                if path.exists():  # a network of before the tables of classes has none
+                    shutil.copyfile(path, copy / path.name)
+        setting = folder.name.rpartition("-")[0] or folder.name
+        settings.setdefault(setting, []).append({"config": config, "metrics": metrics})
+    rows = [summary(setting, runs) for setting, runs in settings.items()]
+    if not rows:
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with replacing(args.output / "summary.csv") as file:
+        file.write(text.getvalue().encode())
+    draw(settings, args.output / "summary.png")
+    print(text.getvalue(), end="")
+
+
+def summary(setting: str, runs: list[dict]) -> dict[str, str | int]:
+    """The row of a setting, from the configuration and the metrics of its runs."""
+    tables, configs = [run["metrics"] for run in runs], [run["config"] for run in runs]
+    last = [table["test_accuracy"][-1] for table in tables]
+    agreement = [table["train_agreement"][-1] for table in tables if "train_agreement" in table]
+    teachers = [config.get("teacher_accuracy") for config in configs]
+    return {
+        "setting": setting,
+        "n": len(runs),
+        "teacher": mean([x for x in teachers if x is not None]),
+        "last_mean": mean(last),
+        "last_std": f"{statistics.stdev(last):.2f}" if len(last) > 1 else "",
+        "best_mean": mean([max(table["test_accuracy"]) for table in tables]),
+        "agreement": mean(agreement),
+        "minutes": mean([sum(table["seconds"]) / 60 for table in tables]),
+        "hardware": " / ".join(sorted({config["hardware"] for config in configs})),
+        "commit": " / ".join(sorted({str(config["git_commit"]) for config in configs})),
+    }
+
+
+def mean(values: list[float]) -> str:
+    return f"{statistics.mean(values):.2f}" if values else ""
+
+
+def draw(settings: dict[str, list[dict]], path: Path) -> None:
+    """A dot for each run and a line for its teacher, setting by setting."""
+    figure = Figure(figsize=(8, 1.2 + 0.4 * len(settings)), layout="constrained")
+    axes = figure.subplots()
+    for y, runs in enumerate(settings.values()):
+        for run in runs:
+            axes.plot(run["metrics"]["test_accuracy"][-1], y, "o", color="C0", alpha=0.7)
+            teacher = run["config"].get("teacher_accuracy")
+            if teacher is not None:
+                axes.plot(teacher, y, "|", color="0.4", ms=14)
+    axes.set(yticks=range(len(settings)), yticklabels=settings, xlabel="percent")
+    axes.set_title("Last epoch on the real test set: dot, the network; bar, its teacher")
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_args())
