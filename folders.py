@@ -1,0 +1,289 @@
+"""Images in folders, too many for the memory: checked, decoded by workers, served in batches.
+
+    folder -> listings.ImageFiles -> FolderLoader -> normalised float batches
+
+An ImageFiles holds names and labels. Workers decode, cut and resize to uint8; batches are
+normalised, and mixed, on the device.
+"""
+
+import os
+import signal
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models import ResNet18_Weights
+from torchvision.transforms.v2 import RandomResizedCrop
+from torchvision.transforms.v2 import functional as F
+
+from augmentations import MIXES, draw_mixes, mix_labels
+from data import ImageSet, load_image
+from experiment import UserError
+from listings import ImageFiles, are_wordnet_ids, list_images, plain
+
+# Channel statistics of ImageNet, those that torchvision's published weights were trained with.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+# ------------------------------------------------------------------------------------------- views
+
+
+@contextmanager
+def opened(path: str) -> Iterator[Image.Image]:
+    """A JPEG or PNG that is not decoded yet. Whatever goes wrong within is a UserError."""
+    try:
+        with Image.open(path, formats=("JPEG", "PNG")) as picture:
+            if picture.mode.startswith(("I", "F")):
+                raise ValueError("it does not have 8 bits a channel")
+            yield picture
+    except Exception as error:  # the decoders raise nearly anything on a broken or hostile file
+        raise UserError(f"{path}: not an image that can be read: {error}") from error
+
+
+def load_view(path: str, size: int, seed: int | None) -> Tensor:
+    """uint8 (3, size, size), of channels last: a random view from `seed`, or the middle for None.
+
+    As DM-KD and torchvision's reference, without a look at a camera's note of which side is up.
+    Errors: UserError that names the file.
+    """
+    with opened(path) as picture:
+        return middle(picture, size) if seed is None else random_view(picture, size, seed)
+
+
+def random_view(picture: Image.Image, size: int, seed: int, reduced: bool = True) -> Tensor:
+    """torchvision's RandomResizedCrop, 8 to 100 % of the area, and RandomHorizontalFlip.
+
+    With `reduced`, a JPEG is decoded to the 1/2, 1/4 or 1/8 of its sides that libjpeg can make of
+    its coefficients, where the part that is drawn has `size` pixels a side even so.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        top, left, height, width = RandomResizedCrop.get_params(
+            picture, (0.08, 1.0), (3 / 4, 4 / 3)
+        )
+        flip = torch.rand(()) < 0.5
+    full_width, full_height = picture.size
+    fits = max(1, min(height, width) // size)
+    if reduced and fits > 1:
+        picture.draft(None, (full_width // fits, full_height // fits))
+    times = round(full_width / picture.width)  # 1, 2, 4 or 8
+    box = (round(x / times) for x in (left, top, left + width, top + height))
+    image = _pixels(picture.crop(tuple(box)))
+    image = F.resize(image, [size, size], antialias=True)
+    return F.horizontal_flip(image) if flip else image
+
+
+def middle(picture: Image.Image, size: int) -> Tensor:
+    """The middle of a picture whose shorter side is made 8/7 of `size`: 256 for 224."""
+    return F.center_crop(F.resize(_pixels(picture), [round(size * 8 / 7)], antialias=True), [size])
+
+
+def _pixels(picture: Image.Image) -> Tensor:
+    return F.pil_to_tensor(picture if picture.mode == "RGB" else picture.convert("RGB"))
+
+
+# ---------------------------------------------------------------------------------------- checking
+
+
+def check_data(files: ImageFiles, sample: int = 1000) -> str:
+    """A report of a few lines: counts, and what a random `sample` of the images shows.
+
+    Errors: UserError on what would end a run hours later, an image that cannot be read, or spoil
+    it: class names that are not those of torchvision's networks in their order.
+    """
+    counts = torch.bincount(files.labels, minlength=len(files.classes))
+    picks = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:sample]
+    sizes, modes, broken = Counter(), Counter(), []
+    size_sum, blank, seconds = 0, 0, 0.0
+    for i in picks.tolist():
+        path = files.path(i)
+        try:
+            with opened(path) as picture:
+                sizes[picture.size] += 1
+                modes[f"{picture.format} {picture.mode}"] += 1
+                lows_highs = np.array(picture.convert("RGB").getextrema())
+            began = time.perf_counter()
+            load_view(path, 224, seed=i)
+            seconds += time.perf_counter() - began
+        except UserError as error:
+            broken.append(error)
+            continue
+        size_sum += os.path.getsize(path)
+        blank += bool((lows_highs[:, 0] == lows_highs[:, 1]).all())
+    if broken:
+        raise UserError(
+            f"{len(broken)} of {len(picks)} images looked at cannot be read, so about "
+            f"{len(broken) * len(files) // len(picks):,} of {len(files):,}; the first: {broken[0]}"
+        )
+    (width, height), times = sizes.most_common(1)[0]
+    looked, kilobytes, each = len(picks), size_sum / len(picks) / 1e3, seconds / len(picks)
+    return (
+        f"{files.folder}: {len(files):,} images, {(counts > 0).sum()} of {len(counts)} classes, "
+        f"{counts.min()} to {counts.max()} a class{_agreement(files.classes)}\n"
+        f"  of {looked} looked at: {', '.join(f'{n} {mode}' for mode, n in modes.items())}; "
+        f"{times} have {width}x{height} pixels, the others {len(sizes) - 1} other sizes; "
+        f"{blank} of one colour, as Stable Diffusion's safety checker makes them\n"
+        f"  {kilobytes:.0f} kB each, {kilobytes * len(files) / 1e6:.2f} GB in all; one core makes "
+        f"{1 / each:.0f} views/s: an epoch takes it {each * len(files) / 60:.1f} minutes"
+    )
+
+
+def _agreement(classes: tuple[str, ...]) -> str:
+    """How many classes have torchvision's name, where both have words for the 1000 of ImageNet."""
+    theirs = ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
+    if len(classes) != len(theirs) or are_wordnet_ids(classes):
+        return ""
+    pairs = [(a, b) for a, b in zip(classes, theirs, strict=True) if not a.isdecimal()]
+    same = sum(plain(b) in (plain(a), plain(a.split(",")[0])) for a, b in pairs)
+    if same < len(pairs) / 2:
+        raise UserError(
+            f"only {same} of {len(pairs)} classes have the names that torchvision's networks have "
+            f"in their place; the first is {pairs[0][0]}, and there {pairs[0][1]}: another order?"
+        )
+    return f"; {same} of {len(pairs)} names are those of torchvision" if pairs else ""
+
+
+# ----------------------------------------------------------------------------------------- batches
+
+
+class FolderLoader:
+    """Batches of ImageFiles: float32 (B, 3, size, size) in channels-last, and labels, on `device`.
+
+    The same views for a seed whatever the number of workers and of ranks: the order, and a seed for
+    each view, come from PyTorch's CPU generator when an epoch begins. `batch_size` is that of all
+    ranks together; each takes its own part of every batch, in training, or every `world_size`-th
+    image, in testing, where `labels` are the labels in this order. What else there is to say of
+    `train`, `mix` and `mix_alpha` is said of data.DeviceLoader; a mix stays within a rank.
+
+    `workers` processes decode to uint8, a quarter of the bytes; for 0, this one does. Errors:
+    UserError that names the image, whoever met it, or says that a worker is gone.
+    """
+
+    def __init__(
+        self,
+        files: ImageFiles,
+        batch_size: int,
+        device: torch.device | str,
+        train: bool,
+        workers: int = 0,
+        size: int = 224,
+        mix: str = "none",
+        mix_alpha: float = 1.0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size % world_size:
+            raise UserError(f"--batch_size {batch_size} cannot be shared by {world_size} processes")
+        if train and batch_size > len(files):
+            raise UserError(
+                f"--batch_size {batch_size} is more than the {len(files)} training images"
+            )
+        self.batch_size, self.device, self.train = batch_size, torch.device(device), train
+        self.mix, self.mix_alpha, self.rank, self.world_size = mix, mix_alpha, rank, world_size
+        self.classes, self.count = len(files.classes), len(files)
+        mine = slice(None) if train else slice(rank, None, world_size)
+        self.index = np.arange(len(files))[mine]
+        self.labels = files.labels[mine].to(self.device)
+        self.mean, self.std = 255 * torch.tensor([MEAN, STD], device=device).view(2, 3, 1, 1)
+        self.schedule: list[tuple[np.ndarray, np.ndarray | None]] = []  # of an epoch, by batches
+        self.loader = DataLoader(
+            _Batches(files, size),
+            batch_size=None,  # the schedule is one of batches
+            sampler=self.schedule,
+            num_workers=workers,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=workers > 0,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # or it would draw from the one that seeds the views
+        )
+
+    def __len__(self) -> int:
+        if self.train:
+            return self.count // self.batch_size
+        return -(-len(self.index) // (self.batch_size // self.world_size))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        share = self.batch_size // self.world_size
+        if self.train:
+            order = torch.randperm(self.count).numpy()
+            seeds = torch.randint(2**63 - 1, (self.count,)).numpy()
+            starts = range(self.rank * share, len(self) * self.batch_size, self.batch_size)
+            self.schedule[:] = [(order[i : i + share], seeds[i : i + share]) for i in starts]
+            if self.mix != "none":
+                mixes = [x.to(self.device) for x in draw_mixes(len(self), self.mix_alpha)]
+        else:
+            starts = range(0, len(self.index), share)
+            self.schedule[:] = [(self.index[i : i + share], None) for i in starts]
+        for i, (images, labels) in enumerate(self._decoded()):
+            images, labels = (x.to(self.device, non_blocking=True) for x in (images, labels))
+            images = images.to(torch.float32, memory_format=torch.channels_last)
+            images.sub_(self.mean).div_(self.std)
+            if self.train and self.mix != "none":
+                images, own = MIXES[self.mix](images, *(values[i] for values in mixes))
+                labels = mix_labels(labels, own, self.classes)
+            yield images, labels
+
+    def _decoded(self) -> Iterator[tuple[Tensor, Tensor]]:
+        try:
+            for batch in self.loader:
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                "a worker that decodes images was killed: for want of memory, or of shared memory "
+                "(/dev/shm); fewer --workers take less"
+            ) from error
+
+
+class _Batches(Dataset):
+    """Whole batches: uint8 (B, 3, size, size) and int64 (B,) for the indices and the seeds."""
+
+    def __init__(self, files: ImageFiles, size: int) -> None:
+        self.files, self.size = files, size
+
+    def __getitem__(self, batch: tuple[np.ndarray, np.ndarray | None]):
+        index, seeds = batch
+        images = torch.empty(len(index), self.size, self.size, 3, dtype=torch.uint8)
+        images = images.permute(0, 3, 1, 2)  # (B, 3, size, size) in channels-last
+        try:
+            for k, i in enumerate(index):
+                seed = None if seeds is None else int(seeds[k])
+                images[k] = load_view(self.files.path(i), self.size, seed)
+        except UserError as error:  # returned: raised in a worker, it would come with a traceback
+            return error
+        return images, self.files.labels[torch.from_numpy(index)]
+
+
+def _start_worker(worker: int) -> None:
+    """A signal is for the main process: its handlers, which save the run, came along by forking."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    warnings.simplefilter("ignore")  # what Pillow warns of is refused, or harmless
+
+
+# ------------------------------------------------------------------------ few and small enough
+
+
+def load_class_folders(
+    folder: str | Path, classes: tuple[str, ...], limit: int | None = None
+) -> ImageSet:
+    """The images in class folders named by `classes`, brought to 32x32, all in memory.
+
+    For synthetic images of CIFAR-100. With `limit`, so many, evenly spaced. Errors: UserError that
+    names the file.
+    """
+    files = list_images(folder, len(classes), classes).spread(limit)
+    images = torch.stack([load_image(files.path(i)) for i in range(len(files))])
+    return ImageSet(images, files.labels, classes)

@@ -1,0 +1,336 @@
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.models import ResNet18_Weights
+
+import folders
+from experiment import UserError, seed_everything
+from folders import FolderLoader, check_data, load_class_folders, load_view, middle, random_view
+from listings import ImageFiles, list_images
+
+SIZE = 32
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth shapes in colour with a little grain, as photographs have."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.float32)
+    return Image.fromarray((smooth + rng.normal(0, 4, smooth.shape)).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> Path:
+    """20 class folders of 6 JPEGs, as Stable-ImageNet-1K has them."""
+    folder = tmp_path_factory.mktemp("synthetic")
+    for i in range(20):
+        inside = folder / f"{i:03d}_kind_{chr(97 + i)}"
+        inside.mkdir()
+        for k in range(6):
+            picture(96 + 8 * (k % 3), 72, 10 * i + k).save(inside / f"{k:03d}_{i}.jpg")
+    return folder
+
+
+@pytest.fixture
+def files(made) -> ImageFiles:
+    return list_images(made, 20)
+
+
+def epoch(files, batch_size=24, seed=3, number=1, **options) -> list:
+    """The batches of an epoch, seeded as a run seeds it."""
+    loader = FolderLoader(files, batch_size, "cpu", size=SIZE, **{"train": True, **options})
+    seed_everything(seed, number)
+    return list(loader)
+
+
+def same(a: list, b: list) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x, y)
+        for left, right in zip(a, b, strict=True)
+        for x, y in zip(left, right, strict=True)
+    )
+
+
+# ------------------------------------------------------------------------------------------- views
+
+
+def test_a_random_view_is_that_of_torchvision():
+    image = picture(130, 90)
+    reference = transforms.Compose(
+        [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(), np.array]
+    )
+    for seed in range(20):
+        view = random_view(image, SIZE, seed)
+        torch.manual_seed(seed)
+        wanted = torch.from_numpy(reference(image)).permute(2, 0, 1)
+        assert view.dtype == torch.uint8
+        assert (view.int() - wanted.int()).abs().max() <= 2  # tensors round unlike PIL
+
+
+def test_the_middle_is_that_of_torchvision():
+    image = picture(500, 375)
+    reference = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), np.array])
+    wanted = torch.from_numpy(reference(image)).permute(2, 0, 1)
+    assert (middle(image, 224).int() - wanted.int()).abs().max() <= 2
+
+
+def test_decoding_at_reduced_size_is_near_the_full_one(tmp_path):
+    path = tmp_path / "a.jpg"
+    picture(1001, 751).save(path, quality=92)
+    drafts = []
+    for seed in range(30):
+        with Image.open(path) as full, Image.open(path) as reduced:
+            wanted = random_view(full, SIZE, seed, reduced=False).float()
+            view = random_view(reduced, SIZE, seed).float()
+            assert full.size == (1001, 751)
+            drafts.append(round(1001 / reduced.width))
+        assert (view - wanted).abs().mean() < 3  # of 255
+    assert set(drafts) == {4, 8}  # a part has 8 times 32 pixels a side, or 4 times
+
+
+def test_a_part_that_just_fits_is_not_reduced_below_the_output(tmp_path):
+    picture(90, 90).save(tmp_path / "a.jpg")
+    for seed in range(20):
+        with Image.open(tmp_path / "a.jpg") as image:
+            random_view(image, 48, seed)
+            assert image.size == (90, 90)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "LA"])
+def test_any_colours_become_rgb(tmp_path, mode):
+    path = tmp_path / f"a.{'jpg' if mode == 'CMYK' else 'png'}"
+    picture(60, 50).convert(mode).save(path)
+    for seed in (None, 1):
+        assert load_view(str(path), SIZE, seed).shape == (3, SIZE, SIZE)
+
+
+# ----------------------------------------------------------------------------------------- batches
+
+
+def test_training_sees_every_image_at_most_once(files):
+    batches = epoch(files, batch_size=50)
+    images, labels = batches[0]
+    assert [tuple(images.shape) for images, _ in batches] == [(50, 3, SIZE, SIZE)] * 2
+    assert images.dtype == torch.float32
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert labels.dtype == torch.int64
+    assert torch.bincount(torch.cat([labels for _, labels in batches])).max() <= 6
+
+
+def test_batches_are_views_normalised_on_the_device(files):
+    images, labels = epoch(files, train=False)[0]
+    mean, std = torch.tensor([folders.MEAN, folders.STD]).view(2, 3, 1, 1)
+    views = torch.stack([load_view(files.path(i), SIZE, None) for i in range(24)])
+    torch.testing.assert_close(images, (views / 255 - mean) / std)
+    assert labels.tolist() == files.labels[:24].tolist()
+
+
+def test_testing_comes_in_order_and_whole(files):
+    loader = FolderLoader(files, 50, "cpu", train=False, size=SIZE)
+    batches = list(loader)
+    assert [len(labels) for _, labels in batches] == [50, 50, 20]
+    assert len(loader) == 3
+    assert torch.cat([labels for _, labels in batches]).equal(loader.labels)
+    assert same(batches, list(loader))
+    assert loader.classes == 20
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_workers_change_nothing(files, train):
+    alone = epoch(files, train=train)
+    assert same(alone, epoch(files, train=train, workers=1))
+    assert same(alone, epoch(files, train=train, workers=2))
+
+
+def test_an_epoch_depends_on_its_seed_and_number_alone(files):
+    loader = FolderLoader(files, 24, "cpu", train=True, workers=2, size=SIZE)
+    for number in (1, 2):  # the workers live on
+        seed_everything(3, number)
+        unbroken = list(loader)
+    assert same(unbroken, epoch(files, number=2))  # resumed, in a process with another past
+    assert not same(unbroken, epoch(files, number=1))
+    assert not same(unbroken, epoch(files, number=2, seed=4))
+
+
+def test_an_epoch_left_early_does_not_spoil_the_next(files):
+    loader = FolderLoader(files, 24, "cpu", train=True, workers=2, size=SIZE)
+    seed_everything(3, 1)
+    next(iter(loader))
+    seed_everything(3, 2)
+    assert same(list(loader), epoch(files, number=2))
+
+
+def test_decoding_here_leaves_the_generator_alone(files):
+    drawn = []
+    for workers in (0, 1):
+        epoch(files, workers=workers)
+        drawn.append(torch.rand(1).item())
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_the_batches_of_one(files, world_size):
+    whole = epoch(files)
+    parts = [epoch(files, rank=rank, world_size=world_size) for rank in range(world_size)]
+    joined = [
+        tuple(torch.cat(x) for x in zip(*batch, strict=True)) for batch in zip(*parts, strict=True)
+    ]
+    assert same(whole, joined)
+
+
+def test_ranks_share_the_test(files):
+    labels, seen = [], 0
+    for rank in range(3):
+        loader = FolderLoader(files, 48, "cpu", False, size=SIZE, rank=rank, world_size=3)
+        batches = list(loader)
+        assert torch.cat([labels for _, labels in batches]).equal(loader.labels)
+        assert len(batches) == len(loader)
+        assert max(len(labels) for _, labels in batches) == 16
+        labels += loader.labels.tolist()
+        seen += sum(len(images) for images, _ in batches)
+    assert sorted(labels) == sorted(files.labels.tolist())
+    assert seen == len(files)
+
+
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+def test_a_mix_has_shares_for_labels(files, mix):
+    images, labels = epoch(files, mix=mix)[0]
+    assert labels.shape == (24, 20)
+    torch.testing.assert_close(labels.sum(1), torch.ones(24))
+    assert not images.equal(epoch(files)[0][0])
+
+
+def test_batches_that_cannot_be_are_refused(files):
+    with pytest.raises(UserError, match="--batch_size 121 is more than the 120 training images"):
+        FolderLoader(files, 121, "cpu", train=True)
+    with pytest.raises(UserError, match="--batch_size 25 cannot be shared by 2 processes"):
+        FolderLoader(files, 25, "cpu", train=True, world_size=2)
+
+
+# ------------------------------------------------------------------------------------ broken images
+
+
+@pytest.fixture
+def broken(tmp_path) -> ImageFiles:
+    """20 folders of an image each; that of class 13 is cut short."""
+    for i in range(20):
+        (tmp_path / f"{i}").mkdir()
+        picture(40, 40, i).save(tmp_path / f"{i}" / "a.jpg")
+    whole = (tmp_path / "13" / "a.jpg").read_bytes()
+    (tmp_path / "13" / "a.jpg").write_bytes(whole[: len(whole) // 2])
+    return list_images(tmp_path, 20)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("train", [True, False])
+def test_a_broken_image_is_named_in_one_line(broken, workers, train):
+    with pytest.raises(UserError, match=r"13/a\.jpg: not an image that can be read") as error:
+        epoch(broken, batch_size=4, workers=workers, train=train)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"GIF89a", b"\xff\xd8\xff\xe0junk"])
+def test_no_image_at_all_is_named(tmp_path, content):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.jpg: not an image that can be read"):
+        load_view(str(tmp_path / "a.jpg"), SIZE, 1)
+
+
+def test_sixteen_bits_are_refused(tmp_path):
+    Image.fromarray(np.zeros((40, 40), np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="it does not have 8 bits a channel"):
+        load_view(str(tmp_path / "a.png"), SIZE, None)
+
+
+def test_an_image_that_is_gone_is_named(files, tmp_path):
+    gone = ImageFiles(str(tmp_path), files.names, files.labels, files.classes)
+    with pytest.raises(UserError, match=r"jpg: not an image that can be read: .*No such file"):
+        epoch(gone)
+
+
+def test_a_worker_that_is_killed_is_said_so(files):
+    loader = FolderLoader(files, 4, "cpu", train=True, workers=1, size=SIZE)
+    with pytest.raises(UserError, match="a worker that decodes images was killed"):
+        for _ in loader:
+            for process in loader.loader._iterator._workers:
+                os.kill(process.pid, signal.SIGKILL)
+
+
+def test_workers_leave_signals_to_the_run(files):
+    def handler(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        loader = FolderLoader(files, 24, "cpu", train=False, workers=1, size=SIZE)
+        batches = iter(loader)
+        next(batches)
+        for process in loader.loader._iterator._workers:
+            os.kill(process.pid, signal.SIGINT)  # Ctrl-C reaches every process
+        assert len(list(batches)) == 4
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ---------------------------------------------------------------------------------------- checking
+
+
+def test_the_report_of_a_good_set(files, made):
+    report = check_data(files, sample=50)
+    assert f"{made}: 120 images, 20 of 20 classes, 6 to 6 a class\n" in report
+    assert "of 50 looked at: 50 JPEG RGB; " in report
+    assert "0 of one colour" in report
+    assert "kB each, 0.00 GB in all; one core makes" in report
+
+
+def test_the_report_counts_what_is_missing(tmp_path):
+    for i in (0, 2):
+        (tmp_path / f"{i}_x").mkdir()
+        Image.new("RGB", (40, 30)).save(tmp_path / f"{i}_x" / "a.png")
+    report = check_data(list_images(tmp_path, 20))
+    assert "2 images, 2 of 20 classes, 0 to 1 a class" in report
+    assert "2 PNG RGB; 2 have 40x30 pixels, the others 0 other sizes; 2 of one colour" in report
+
+
+def test_broken_images_are_counted_and_the_first_is_named(broken):
+    with pytest.raises(UserError, match=r"1 of 20 .* about 1 of 20; the first: .*13/a\.jpg"):
+        check_data(broken)
+
+
+def test_words_in_another_order_than_torchvision_s_are_refused(made):
+    names = ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
+    one = list_images(made, 20).spread(1)
+
+    def named(classes):
+        return check_data(ImageFiles(one.folder, one.names, one.labels, tuple(classes)))
+
+    assert "1000 of 1000 names are those of torchvision" in named(names)
+    assert "1000 of 1000" in named(f"{name.replace(' ', '_')}, a fish" for name in names)
+    assert "torchvision" not in named(map(str, range(1000)))
+    assert "torchvision" not in named(f"n{i:08d}" for i in range(1000))
+    with pytest.raises(UserError, match=r"only .* of 1000 classes have .* another order"):
+        named(sorted(names))
+
+
+# -------------------------------------------------------------------------------------- CIFAR-100
+
+
+def test_class_folders_fit_in_memory(made, tmp_path):
+    classes = [f"kind_{chr(97 + i)}" for i in range(20)]
+    for name in ("kind_c", "kind_a"):
+        (tmp_path / name).mkdir()
+        picture(64, 64).save(tmp_path / name / "0.png")
+    images = load_class_folders(tmp_path, tuple(classes))
+    assert images.images.shape == (2, 3, 32, 32)
+    assert images.labels.tolist() == [0, 2]
+    assert images.classes == tuple(classes)
+    assert load_class_folders(made, tuple(classes), limit=20).labels.tolist() == list(range(20))
+    (tmp_path / "kind_z").mkdir()
+    with pytest.raises(UserError, match="kind_z: none of the 20 classes"):
+        load_class_folders(tmp_path, tuple(classes))
