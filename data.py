@@ -323,6 +323,16 @@ def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
+def check_batch_size(batch_size: int, images: int) -> None:
+    """Errors: UserError if the ranks of a job cannot fill one training batch, equally."""
+    if batch_size > images:
+        raise UserError(f"--batch_size {batch_size} is more than the {images} training images")
+    if batch_size % parallel.world_size():
+        raise UserError(
+            f"--batch_size {batch_size} cannot be shared by {parallel.world_size()} processes"
+        )
+
+
 class DeviceLoader:
     """Batches of an ImageSet that lives on `device`: float32 (B, 3, 32, 32), int64 (B,).
 
@@ -345,14 +355,8 @@ class DeviceLoader:
         mix: str = "none",
         mix_alpha: float = 1.0,
     ) -> None:
-        if train and batch_size > len(data):
-            raise UserError(
-                f"--batch_size {batch_size} is more than the {len(data)} training images"
-            )
-        if train and batch_size % parallel.world_size():
-            raise UserError(
-                f"--batch_size {batch_size} cannot be shared by {parallel.world_size()} processes"
-            )
+        if train:
+            check_batch_size(batch_size, len(data))
         self.images, self.labels = data.images.to(device), data.labels.to(device)
         self.batch_size, self.device, self.train = batch_size, torch.device(device), train
         self.augment, self.mix, self.mix_alpha = augment, mix, mix_alpha

@@ -19,8 +19,8 @@ from experiment import UserError, read_config, refuse_if_used
 
 # What may change when a run goes on: where things lie and what it runs on, not what it computes.
 FREE_ON_RESUME = (
-    *("resume", "output", "data_dir", "synthetic_data_dir", "teacher_weights"),
-    *("device", "no_graph"),
+    *("resume", "output", "data_dir", "synthetic_data_dir", "val_dir", "teacher_weights"),
+    *("device", "no_graph", "workers"),
 )
 
 
@@ -135,7 +135,7 @@ def add_optimisation_flags(parser: Parser, **recipe) -> None:
         type=number(0, 1, above=True),
         nargs="+",
         metavar="X",
-        help="where multistep drops the rate, as fractions of the run [0.5 0.8]",
+        help="where multistep drops the rate, as fractions of the run %(default)s",
     )
     add("--gamma", type=number(0, 1, above=True), metavar="X", help="factor of each [%(default)s]")
     parser.set_defaults(
@@ -143,16 +143,17 @@ def add_optimisation_flags(parser: Parser, **recipe) -> None:
     )
 
 
-def add_augmentation_flags(parser: Parser) -> None:
-    """--augment, --mix and --mix_alpha: what training images go through."""
+def add_augmentation_flags(parser: Parser, augmentations: Sequence[str] = AUGMENTATIONS) -> None:
+    """--augment, if there is a choice, --mix and --mix_alpha: what training images go through."""
     add = parser.add_argument_group("augmentation").add_argument
-    add(
-        "--augment",
-        choices=tuple(AUGMENTATIONS),
-        default="crop",
-        help="crop: shifted by up to 4 pixels and mirrored; strong: resized parts with other "
-        "colours, mirrored [%(default)s]",
-    )
+    if augmentations:
+        add(
+            "--augment",
+            choices=tuple(augmentations),
+            default="crop",
+            help="crop: shifted by up to 4 pixels and mirrored; strong: resized parts with other "
+            "colours, mirrored [%(default)s]",
+        )
     add(
         "--mix",
         choices=("none", *MIXES),
@@ -165,6 +166,18 @@ def add_augmentation_flags(parser: Parser) -> None:
         default=1.0,
         metavar="X",
         help="shares of mixed images come from Beta(X, X) [%(default)s]",
+    )
+
+
+def add_temperature_flag(add: Callable) -> None:
+    """--temperature of the distillation, to a group whose `add_argument` is `add`."""
+    add(
+        "--temperature",
+        "--kd_temp",
+        type=number(0, 1000, above=True),
+        default=10.0,
+        metavar="T",
+        help="softens the outputs of both [%(default)s]",
     )
 
 
@@ -206,17 +219,21 @@ def add_run_flags(parser: Parser, kind: str, output: str) -> None:
     )
 
 
-def parse(parser: Parser, argv: Sequence[str] | None, kind: str, demo: dict) -> argparse.Namespace:
+def parse(
+    parser: Parser, argv: Sequence[str] | None, kind: str, demo: dict | None = None
+) -> argparse.Namespace:
     """Parse `argv`; --demo brings the defaults in `demo`, --resume the flags of the stopped run.
 
-    `kind` is what the script makes, "teacher" or "student". Flags that would make another run of
-    the one to be resumed are refused. Errors: UserError when there is no such run.
+    `kind` is what the script makes, such as "teacher". Flags that would make another run of the one
+    to be resumed are refused. Errors: UserError when there is no such run.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(argv)
-    if args.demo:
+    if demo is None:
+        parser.set_defaults(demo=False)
+    elif args.demo:
         parser.set_defaults(**demo)
-        args = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     for key in ("data_dir", "synthetic_data_dir", "download_synthetic"):
         if args.demo and getattr(args, key, None) != parser.get_default(key):
             parser.error(f"--demo takes no data: leave --{key} out")

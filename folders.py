@@ -24,8 +24,9 @@ from torchvision.models import ResNet18_Weights
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
+import parallel
 from augmentations import MIXES, draw_mixes, mix_labels
-from data import ImageSet, load_image
+from data import ImageSet, check_batch_size, load_image
 from experiment import UserError
 from listings import ImageFiles, are_wordnet_ids, list_images, plain
 
@@ -160,9 +161,9 @@ class FolderLoader:
 
     The same views for a seed whatever the number of workers and of ranks: the order, and a seed for
     each view, come from PyTorch's CPU generator when an epoch begins. `batch_size` is that of all
-    ranks together; each takes its own part of every batch, in training, or every `world_size`-th
-    image, in testing, where `labels` are the labels in this order. What else there is to say of
-    `train`, `mix` and `mix_alpha` is said of data.DeviceLoader; a mix stays within a rank.
+    ranks together; each takes its own part of every batch, in training, or of the images, in
+    testing. `labels` are those of all images. What else there is to say of `train`, `mix` and
+    `mix_alpha` is said of data.DeviceLoader; a mix stays within a rank.
 
     `workers` processes decode to uint8, a quarter of the bytes; for 0, this one does. Errors:
     UserError that names the image, whoever met it, or says that a worker is gone.
@@ -178,21 +179,12 @@ class FolderLoader:
         size: int = 224,
         mix: str = "none",
         mix_alpha: float = 1.0,
-        rank: int = 0,
-        world_size: int = 1,
     ) -> None:
-        if batch_size % world_size:
-            raise UserError(f"--batch_size {batch_size} cannot be shared by {world_size} processes")
-        if train and batch_size > len(files):
-            raise UserError(
-                f"--batch_size {batch_size} is more than the {len(files)} training images"
-            )
+        if train:
+            check_batch_size(batch_size, len(files))
         self.batch_size, self.device, self.train = batch_size, torch.device(device), train
-        self.mix, self.mix_alpha, self.rank, self.world_size = mix, mix_alpha, rank, world_size
-        self.classes, self.count = len(files.classes), len(files)
-        mine = slice(None) if train else slice(rank, None, world_size)
-        self.index = np.arange(len(files))[mine]
-        self.labels = files.labels[mine].to(self.device)
+        self.mix, self.mix_alpha = mix, mix_alpha
+        self.classes, self.labels = len(files.classes), files.labels.to(self.device)
         self.mean, self.std = 255 * torch.tensor([MEAN, STD], device=device).view(2, 3, 1, 1)
         self.schedule: list[tuple[np.ndarray, np.ndarray | None]] = []  # of an epoch, by batches
         self.loader = DataLoader(
@@ -207,22 +199,24 @@ class FolderLoader:
         )
 
     def __len__(self) -> int:
-        if self.train:
-            return self.count // self.batch_size
-        return -(-len(self.index) // (self.batch_size // self.world_size))
+        full, rest = divmod(len(self.labels), self.batch_size)
+        return full if self.train else full + (rest > 0)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        share = self.batch_size // self.world_size
         if self.train:
-            order = torch.randperm(self.count).numpy()
-            seeds = torch.randint(2**63 - 1, (self.count,)).numpy()
-            starts = range(self.rank * share, len(self) * self.batch_size, self.batch_size)
-            self.schedule[:] = [(order[i : i + share], seeds[i : i + share]) for i in starts]
+            order = torch.randperm(len(self.labels)).numpy()
+            seeds = torch.randint(2**63 - 1, (len(order),)).numpy()
+            own = parallel.own_part(self.batch_size)
+            self.schedule[:] = [
+                (order[i + own.start : i + own.stop], seeds[i + own.start : i + own.stop])
+                for i in range(0, len(self) * self.batch_size, self.batch_size)
+            ]
             if self.mix != "none":
                 mixes = [x.to(self.device) for x in draw_mixes(len(self), self.mix_alpha)]
         else:
-            starts = range(0, len(self.index), share)
-            self.schedule[:] = [(self.index[i : i + share], None) for i in starts]
+            index = np.arange(len(self.labels))[parallel.own_part(len(self.labels))]
+            starts = range(0, len(index), self.batch_size)
+            self.schedule[:] = [(index[i : i + self.batch_size], None) for i in starts]
         for i, (images, labels) in enumerate(self._decoded()):
             images, labels = (x.to(self.device, non_blocking=True) for x in (images, labels))
             images = images.to(torch.float32, memory_format=torch.channels_last)

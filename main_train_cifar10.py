@@ -10,7 +10,6 @@ test images. student_cifar10_kd.pth is written when the last epoch is done. Plot
 checkpoints are in runs/student-001 while it runs. Measured times and accuracies are in the README.
 """
 
-import hashlib
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -45,7 +44,7 @@ from engine import (
     train_one_epoch,
 )
 from experiment import Progress, Run, UserError, one_line_errors, pick_device, seed_everything
-from models import ARCHITECTURES, STEMS, build_model, cast_once, load_model, to_checkpoint
+from models import ARCHITECTURES, STEMS, build_model, cast_once, checksum, load_model, to_checkpoint
 from plots import plot_run
 
 # The published recipe, and the demo's.
@@ -122,14 +121,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         choices=STEMS,
         help="the stem that the teacher has to have [the same as --stem]",
     )
-    distillation.add_argument(
-        "--temperature",
-        "--kd_temp",
-        type=flags.number(0, 1000, above=True),
-        default=10.0,
-        metavar="T",
-        help="softens the outputs of both [%(default)s]",
-    )
+    flags.add_temperature_flag(distillation.add_argument)
     controls = parser.add_argument_group("controls")
     controls.add_argument(
         "--train_on",
@@ -252,10 +244,7 @@ def load_teacher(args: Namespace, classes: tuple[str, ...]) -> tuple[nn.Module, 
         )
     expected = {"stem": stem, "num_classes": len(classes), "classes": list(classes)}
     teacher = load_model(path, **expected, **({"arch": args.arch} if args.arch else {}))
-    checksum = hashlib.sha256()
-    for key, value in sorted(teacher.state_dict().items()):
-        checksum.update(key.encode() + value.contiguous().numpy().tobytes())
-    return teacher, checksum.hexdigest()
+    return teacher, checksum(teacher)
 
 
 if __name__ == "__main__":

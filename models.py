@@ -12,6 +12,7 @@ Weight files are only ever loaded with `weights_only=True`: a file from a strang
 """
 
 import functools
+import hashlib
 from pathlib import Path
 
 import torch
@@ -95,6 +96,14 @@ def cast_once(model: nn.Module, dtype: torch.dtype | None) -> None:
     for module in model.modules():
         if dtype is not None and isinstance(module, (nn.Conv2d, nn.Linear)):
             module.to(dtype)
+
+
+def checksum(model: nn.Module) -> str:
+    """SHA-256 over the names and the values of all weights, whatever file they came in."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode() + value.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def to_checkpoint(model: nn.Module, classes: tuple[str, ...]) -> dict:

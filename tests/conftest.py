@@ -75,3 +75,9 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("DMKD_DATA is not set: it names a folder with the real CIFAR-10 and CIFAKE")
     return Path(folder)
+
+
+def as_rank(monkeypatch, rank: int, ranks: int) -> None:
+    """Let this process take itself for one of several."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))

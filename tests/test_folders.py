@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import as_rank
 from PIL import Image
 from torchvision import transforms
 from torchvision.models import ResNet18_Weights
@@ -174,28 +175,26 @@ def test_decoding_here_leaves_the_generator_alone(files):
     assert drawn[0] == drawn[1]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_share_the_batches_of_one(files, world_size):
-    whole = epoch(files)
-    parts = [epoch(files, rank=rank, world_size=world_size) for rank in range(world_size)]
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_the_batches_of_one(files, ranks, monkeypatch):
+    whole, parts = epoch(files), []
+    for rank in range(ranks):
+        as_rank(monkeypatch, rank, ranks)
+        parts.append(epoch(files))
     joined = [
         tuple(torch.cat(x) for x in zip(*batch, strict=True)) for batch in zip(*parts, strict=True)
     ]
     assert same(whole, joined)
 
 
-def test_ranks_share_the_test(files):
-    labels, seen = [], 0
+def test_ranks_share_the_test(files, monkeypatch):
+    labels = []
     for rank in range(3):
-        loader = FolderLoader(files, 48, "cpu", False, size=SIZE, rank=rank, world_size=3)
-        batches = list(loader)
-        assert torch.cat([labels for _, labels in batches]).equal(loader.labels)
-        assert len(batches) == len(loader)
-        assert max(len(labels) for _, labels in batches) == 16
-        labels += loader.labels.tolist()
-        seen += sum(len(images) for images, _ in batches)
-    assert sorted(labels) == sorted(files.labels.tolist())
-    assert seen == len(files)
+        as_rank(monkeypatch, rank, 3)
+        loader = FolderLoader(files, 24, "cpu", False, size=SIZE)
+        assert loader.labels.equal(files.labels)
+        labels += [label for _, batch in loader for label in batch.tolist()]
+    assert labels == files.labels.tolist()
 
 
 @pytest.mark.parametrize("mix", ["mixup", "cutmix"])
@@ -206,11 +205,12 @@ def test_a_mix_has_shares_for_labels(files, mix):
     assert not images.equal(epoch(files)[0][0])
 
 
-def test_batches_that_cannot_be_are_refused(files):
+def test_batches_that_cannot_be_are_refused(files, monkeypatch):
     with pytest.raises(UserError, match="--batch_size 121 is more than the 120 training images"):
         FolderLoader(files, 121, "cpu", train=True)
+    as_rank(monkeypatch, 1, 2)
     with pytest.raises(UserError, match="--batch_size 25 cannot be shared by 2 processes"):
-        FolderLoader(files, 25, "cpu", train=True, world_size=2)
+        FolderLoader(files, 25, "cpu", train=True)
 
 
 # ------------------------------------------------------------------------------------ broken images

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import as_rank
 
 import parallel
 from data import DeviceLoader, ImageSet
@@ -122,11 +123,6 @@ def test_what_is_wrong_is_said_once(flags, message, workdir):
 
 
 # ------------------------------------------------------------------------------ one rank at a time
-
-
-def as_rank(monkeypatch, rank: int, ranks: int) -> None:
-    monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 100])
