@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps  # comes with torchvision and matplotlib
 from torch import Tensor
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms.v2.functional import resize
 
 import parallel
@@ -97,25 +97,41 @@ def load_cifar10(data_dir: str | Path, train: bool) -> ImageSet:
     or the Python version (cifar-10-batches-py/), which torchvision downloads when neither is there.
     Every file is checked against its published MD5. Errors: UserError, OSError.
     """
-    binary, python = Path(data_dir) / "cifar-10-batches-bin", Path(data_dir) / CIFAR10.base_folder
+    binary = Path(data_dir) / "cifar-10-batches-bin"
     if binary.is_dir():
         return _load_binary(binary, train)
-    new = not Path(data_dir).exists()
+    return _load_python(CIFAR10, data_dir, train, f"CIFAR-10 is neither in {binary} nor")
+
+
+def load_cifar100(data_dir: str | Path, train: bool) -> ImageSet:
+    """The 50,000 training or the 10,000 test images of CIFAR-100, with its 100 fine classes.
+
+    `data_dir` holds the Python version (cifar-100-python/), which is downloaded when absent, and
+    checked against its published MD5s. Errors: UserError, OSError.
+    """
+    return _load_python(CIFAR100, data_dir, train, "CIFAR-100 is not")
+
+
+def _load_python(dataset: type[CIFAR10], data_dir: str | Path, train: bool, lack: str) -> ImageSet:
+    python, new = Path(data_dir) / dataset.base_folder, not Path(data_dir).exists()
     try:
-        cifar10 = CIFAR10(data_dir, train, download=not python.is_dir())
+        cifar = dataset(data_dir, train, download=not python.is_dir())
     except (OSError, RuntimeError) as error:
         if python.is_dir():
-            for name, md5 in CIFAR10.train_list + CIFAR10.test_list:
+            for name, md5 in dataset.train_list + dataset.test_list:
                 _read_checked(python / name, md5)  # names the file that is missing or damaged
             raise UserError(f"{python} is not complete: {error}") from error
         if new and Path(data_dir).is_dir() and not any(Path(data_dir).iterdir()):
             Path(data_dir).rmdir()  # torchvision made it
         raise UserError(
-            f"CIFAR-10 is neither in {binary} nor in {python}, and downloading it failed: {error}; "
+            f"{lack} in {python}, and downloading it failed: {error}; "
             "the README says where to get it, and --demo needs no data"
         ) from error
-    images = torch.from_numpy(cifar10.data).permute(0, 3, 1, 2)  # (N, 32, 32, 3) -> (N, 3, 32, 32)
-    return ImageSet(images.contiguous(), torch.tensor(cifar10.targets), CLASSES)
+    images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2)  # (N, 32, 32, 3) -> (N, 3, 32, 32)
+    return ImageSet(images.contiguous(), torch.tensor(cifar.targets), tuple(cifar.classes))
+
+
+REAL_SETS = {"cifar10": load_cifar10, "cifar100": load_cifar100}
 
 
 def _load_binary(folder: Path, train: bool) -> ImageSet:
@@ -131,7 +147,7 @@ def _load_binary(folder: Path, train: bool) -> ImageSet:
 def _read_checked(path: Path, md5: str) -> bytes:
     data = path.read_bytes()
     if hashlib.md5(data).hexdigest() != md5:
-        raise UserError(f"{path} is not the original file of CIFAR-10: its MD5 differs")
+        raise UserError(f"{path} is not the original file of CIFAR: its MD5 differs")
     return data
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import flags
 import parallel
-from data import TEST_BATCH_SIZE, DeviceLoader, load_cifar10, load_demo
+from data import REAL_SETS, TEST_BATCH_SIZE, DeviceLoader, load_demo
 from engine import (
     TrainStep,
     WeightAverage,
@@ -83,8 +83,8 @@ def main(args: Namespace) -> None:
         if args.demo:
             train_set, test_set = load_demo("train"), load_demo("test")
         else:
-            train_set = load_cifar10(args.data_dir, train=True)
-            test_set = load_cifar10(args.data_dir, train=False)
+            load = REAL_SETS[args.dataset]
+            train_set, test_set = load(args.data_dir, train=True), load(args.data_dir, train=False)
     train_set, test_set = train_set.first(args.limit), test_set.first(args.limit)
     views = {"augment": args.augment, "mix": args.mix, "mix_alpha": args.mix_alpha}
     train_loader = DeviceLoader(train_set, args.batch_size, device, train=True, **views)

@@ -84,14 +84,20 @@ def device(text: str) -> str:
 
 
 def add_data_flags(parser: Parser) -> argparse._ArgumentGroup:
-    """--data_dir, --limit and --demo; returns the group, for what a script adds to it."""
+    """From --dataset to --demo; returns the group, for what a script adds to it."""
     group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset",
+        choices=("cifar10", "cifar100"),
+        default="cifar10",
+        help="the real images, and the classes [%(default)s]",
+    )
     group.add_argument(
         "--data_dir",
         type=Path,
         default=Path("data"),
         metavar="DIR",
-        help="holds CIFAR-10, which is downloaded to there when absent [%(default)s]",
+        help="holds the real images, which are downloaded to there when absent [%(default)s]",
     )
     group.add_argument(
         "--limit",
@@ -234,7 +240,7 @@ def parse(
     elif args.demo:
         parser.set_defaults(**demo)
     args = parser.parse_args(argv)
-    for key in ("data_dir", "synthetic_data_dir", "download_synthetic"):
+    for key in ("dataset", "data_dir", "synthetic_data_dir", "download_synthetic"):
         if args.demo and getattr(args, key, None) != parser.get_default(key):
             parser.error(f"--demo takes no data: leave --{key} out")
     if args.nesterov and args.momentum == 0:

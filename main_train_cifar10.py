@@ -13,6 +13,7 @@ checkpoints are in runs/student-001 while it runs. Measured times and accuracies
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,12 +22,12 @@ from torch import Tensor, nn
 import flags
 import parallel
 from data import (
+    REAL_SETS,
     TEST_BATCH_SIZE,
     DeviceLoader,
     ImageSet,
     download_cifake,
     load_cifake,
-    load_cifar10,
     load_demo,
     load_noise,
 )
@@ -44,6 +45,7 @@ from engine import (
     train_one_epoch,
 )
 from experiment import Progress, Run, UserError, one_line_errors, pick_device, seed_everything
+from folders import load_class_folders
 from models import ARCHITECTURES, STEMS, build_model, cast_once, checksum, load_model, to_checkpoint
 from plots import plot_run
 
@@ -65,7 +67,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         type=Path,
         default=Path("synthetic_data/cifake_train_fake"),
         metavar="DIR",
-        help="holds the images of CIFAKE's train/FAKE [%(default)s]",
+        help="holds the images of CIFAKE's train/FAKE, or others named like them; for CIFAR-100, a "
+        "folder for each class [%(default)s]",
     )
     data.add_argument(
         "--download_synthetic",
@@ -125,9 +128,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     controls = parser.add_argument_group("controls")
     controls.add_argument(
         "--train_on",
-        choices=("cifake", "cifar10", "noise"),
-        default="cifake",
-        help="the training images: synthetic, real, or uniform noise [%(default)s]",
+        choices=("synthetic", "real", "noise"),
+        default="synthetic",
+        help="the training images; noise is uniform [%(default)s]",
     )
     controls.add_argument(
         "--hard_labels",
@@ -144,8 +147,9 @@ def main(args: Namespace) -> None:
 
     # data: the student trains on synthetic images, and is tested on real ones
     with parallel.leader_first():
-        train_set, held_out = load_train_set(args).hold_out(args.holdout)
-        test_set = load_demo("test") if args.demo else load_cifar10(args.data_dir, train=False)
+        load_real = REAL_SETS[args.dataset]
+        test_set = load_demo("test") if args.demo else load_real(args.data_dir, train=False)
+        train_set, held_out = load_train_set(args, test_set.classes).hold_out(args.holdout)
     test_set = test_set.first(args.limit)
     views = {"augment": args.augment, "mix": args.mix, "mix_alpha": args.mix_alpha}
     train_loader = DeviceLoader(train_set, args.batch_size, device, train=True, **views)
@@ -219,14 +223,16 @@ def main(args: Namespace) -> None:
             plot_run(run.folder)
 
 
-def load_train_set(args: Namespace) -> ImageSet:
-    """The images that `--demo` and `--train_on` name, up to `--limit`."""
+def load_train_set(args: Namespace, classes: tuple[str, ...]) -> ImageSet:
+    """The images that `--demo` and `--train_on` name, up to `--limit`; `classes` are the test's."""
     if args.demo:
         return load_demo("synthetic").first(args.limit)
     if args.train_on == "noise":
-        return load_noise().first(args.limit)
-    if args.train_on == "cifar10":
-        return load_cifar10(args.data_dir, train=True).first(args.limit)
+        return replace(load_noise().first(args.limit), classes=classes)
+    if args.train_on == "real":
+        return REAL_SETS[args.dataset](args.data_dir, train=True).first(args.limit)
+    if args.dataset != "cifar10":
+        return load_class_folders(args.synthetic_data_dir, classes, args.limit)
     if args.download_synthetic:
         download_cifake(args.synthetic_data_dir)
     return load_cifake(args.synthetic_data_dir, args.limit, args.skip_bad_images)

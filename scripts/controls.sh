@@ -24,7 +24,7 @@ for seed in ${*:-0 1 2}; do
     student cifake --teacher_weights "$teacher"                          # what all are compared with
     student hard_labels --teacher_weights "$teacher" --hard_labels       # the pictures without the teacher
     student noise --teacher_weights "$teacher" --train_on noise          # the teacher without pictures
-    student real --teacher_weights "$teacher" --train_on cifar10         # the upper bound
+    student real --teacher_weights "$teacher" --train_on real            # the upper bound
     student untrained_teacher --teacher_weights random                   # its ten outputs mean nothing
 done
 python scripts/summarize.py results/controls runs/controls/*/

@@ -1,10 +1,12 @@
 import hashlib
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.datasets import CIFAR100
 
 import data
 import fine_tune_teacher_cifar10 as teacher_script
@@ -65,6 +67,27 @@ def cifar10_binary(tmp_path, monkeypatch) -> Path:
         (folder / "cifar-10-batches-bin" / name).write_bytes(records.tobytes())
         checksums[name] = hashlib.md5(records.tobytes()).hexdigest()
     monkeypatch.setattr(data, "BINARY_MD5", checksums)
+    return folder
+
+
+@pytest.fixture
+def cifar100(tmp_path, monkeypatch) -> Path:
+    """A data folder with a made CIFAR-100: two images a class to train on, one to test on."""
+    folder = tmp_path / "data100"
+    (folder / "cifar-100-python").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    names = [f"kind_{i:02d}" for i in range(100)]
+    for part, labels in (("train", [*range(100), *range(100)]), ("test", [*range(100)])):
+        pixels = rng.integers(0, 256, (len(labels), 3072), np.uint8)
+        content = pickle.dumps({"data": pixels, "fine_labels": labels})
+        (folder / "cifar-100-python" / part).write_bytes(content)
+        md5 = hashlib.md5(content).hexdigest()
+        monkeypatch.setattr(CIFAR100, f"{part}_list", [[part, md5]])
+    content = pickle.dumps({"fine_label_names": names})
+    (folder / "cifar-100-python" / "meta").write_bytes(content)
+    monkeypatch.setattr(
+        CIFAR100, "meta", {**CIFAR100.meta, "md5": hashlib.md5(content).hexdigest()}
+    )
     return folder
 
 

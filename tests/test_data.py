@@ -23,6 +23,7 @@ from data import (
     cifake_label,
     load_cifake,
     load_cifar10,
+    load_cifar100,
     load_image,
     normalize,
 )
@@ -341,6 +342,16 @@ def test_a_download_of_cifar10_that_fails_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "download", offline)
     with pytest.raises(UserError, match=r"CIFAR-10 is neither in .* failed: no network.*--demo"):
         load_cifar10(tmp_path, train=True)
+
+
+def test_cifar100_has_its_fine_classes(cifar100):
+    train, test = load_cifar100(cifar100, train=True), load_cifar100(cifar100, train=False)
+    assert train.images.shape == (200, 3, 32, 32)
+    assert test.labels.tolist() == list(range(100))
+    assert test.classes == tuple(f"kind_{i:02d}" for i in range(100))
+    (cifar100 / "cifar-100-python" / "test").write_bytes(b"something else")
+    with pytest.raises(UserError, match="test is not the original file of CIFAR"):
+        load_cifar100(cifar100, train=False)
 
 
 # ---------------------------------------------------------------------------------------- batches

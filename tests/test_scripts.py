@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import kill_test
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, TINY, run_student, run_teacher
+from PIL import Image
 
 import fine_tune_teacher_cifar10 as teacher_script
 import main_train_cifar10 as student_script
@@ -223,6 +225,24 @@ def test_teacher_and_student_may_be_other_networks(workdir):
     run_student(*flags)
     specs = [load_model(path).spec for path in sorted(Path("runs/demo").glob("*.pth"))]
     assert [spec["arch"] for spec in specs] == ["shufflenet_v2_x1_0", "wrn_16_1"]
+
+
+def test_cifar100_from_class_folders(workdir, cifar100):
+    folder = workdir / "synthetic"
+    for i in range(100):
+        (folder / f"kind_{i:02d}").mkdir(parents=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 48, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"kind_{i:02d}" / "0.png")
+    flags = f"--dataset cifar100 --data_dir {cifar100} --stem imagenet --epochs 1 --batch_size 50"
+    flags = [*flags.split(), "--device", "cpu"]
+    teacher = [*flags, "--init", "random", "--output", "teacher.pth"]
+    teacher_script.main(teacher_script.parse_args(teacher))
+    student = [*flags, "--teacher_weights", "teacher.pth", "--output", "student.pth"]
+    for source in ("synthetic", "real", "noise"):
+        more = ["--train_on", source, "--synthetic_data_dir", str(folder)]
+        student_script.main(student_script.parse_args([*student, *more, "--limit", "100"]))
+    network = load_model("student.pth", classes=[f"kind_{i:02d}" for i in range(100)])
+    assert network.spec["num_classes"] == 100
 
 
 def test_a_teacher_of_other_classes_is_refused(workdir, demo_teacher, cifake, cifar10_binary):
