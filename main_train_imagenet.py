@@ -2,7 +2,7 @@
 
     python main_train_imagenet.py --check_data
     python main_train_imagenet.py --synthetic_data_dir imagenet/synthetic --val_dir imagenet/val
-    torchrun --nproc_per_node=8 main_train_imagenet.py ...
+    torchrun --nproc_per_node=8 main_train_imagenet.py
 
 The method is that of main_train_cifar10.py: a randomly initialised student matches the softened
 outputs of a frozen teacher, T^2 * KL(teacher || student) at T = 10, on generated images alone, and

@@ -10,6 +10,7 @@ from conftest import REPOSITORY
 import fine_tune_teacher_cifar10 as teacher_script
 import flags
 import main_train_cifar10 as student_script
+import main_train_imagenet as imagenet_script
 import plots
 from data import CLASSES
 from models import build_model, to_checkpoint
@@ -18,12 +19,16 @@ README = (REPOSITORY / "README.md").read_text()
 SCRIPTS = {
     "fine_tune_teacher_cifar10.py": teacher_script,
     "main_train_cifar10.py": student_script,
+    "main_train_imagenet.py": imagenet_script,
     "plots.py": plots,
     "benchmarks/speed.py": speed,
 }
-COMMANDS = re.findall(r"^ *python (\S+\.py .*?)\s*(?:#.*)?$", README, re.MULTILINE)
+START = r"(?:python|torchrun --nproc_per_node=8) "
+COMMANDS = re.findall(r"^ *" + START + r"(\S+\.py .*?)\s*(?:#.*)?$", README, re.MULTILINE)
 DOCSTRINGS = [s.__doc__.replace("\\\n", " ") for s in SCRIPTS.values()]
-COMMANDS += re.findall(r"^ +python (\S+\.py .*?)\s*(?:#.*)?$", "\n".join(DOCSTRINGS), re.MULTILINE)
+COMMANDS += re.findall(
+    r"^ +" + START + r"(\S+\.py .*?)\s*(?:#.*)?$", "\n".join(DOCSTRINGS), re.MULTILINE
+)
 
 
 def test_the_two_published_commands_are_there():
