@@ -95,47 +95,48 @@ def _pixels(picture: Image.Image) -> Tensor:
 
 
 def check_data(files: ImageFiles, sample: int = 1000) -> str:
-    """A report of a few lines: counts, and what a random `sample` of the images shows.
+    """A report of three lines: counts, and what a random `sample` of the images shows.
 
     Errors: UserError where an image cannot be read, which would end a run hours later.
     """
-    counts = torch.bincount(files.labels, minlength=len(files.classes))
     picks = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:sample]
-    sizes, modes, broken = Counter(), Counter(), []
-    size_sum, blank, seconds = 0, 0, 0.0
+    looks, broken = [], []
     for i in picks.tolist():
-        path = files.path(i)
         try:
-            with opened(path) as picture:
-                sizes[picture.size] += 1
-                modes[f"{picture.format} {picture.mode}"] += 1
-                lows_highs = np.array(picture.convert("RGB").getextrema())
-            began = time.perf_counter()
-            load_view(path, 224, seed=i)
-            seconds += time.perf_counter() - began
+            looks.append(_look(files.path(i)))
         except UserError as error:
             broken.append(error)
-            continue
-        size_sum += os.path.getsize(path)
-        blank += bool((lows_highs[:, 0] == lows_highs[:, 1]).all())
     if broken:
         raise UserError(
             f"{len(broken)} of {len(picks)} images looked at cannot be read, so about "
             f"{len(broken) * len(files) // len(picks):,} of {len(files):,}; the first: {broken[0]}"
         )
+    formats, pixels, blank, kilobytes, seconds = zip(*looks, strict=True)
+    counts = torch.bincount(files.labels, minlength=len(files.classes))
     named = names_as_in_torchvision(files.classes)
-    agreement = f"; {named} of them named as in torchvision"
-    (width, height), times = sizes.most_common(1)[0]
-    looked, kilobytes, each = len(picks), size_sum / len(picks) / 1e3, seconds / len(picks)
+    as_named = "" if named is None else f", {named} of them named as in torchvision"
+    kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(formats).most_common())
+    each, second = sum(kilobytes) / len(looks), sum(seconds) / len(looks)
     return (
-        f"{files.folder}: {len(files):,} images, {(counts > 0).sum()} of {len(counts)} classes, "
-        f"{counts.min()} to {counts.max()} a class{'' if named is None else agreement}\n"
-        f"  of {looked} looked at: {', '.join(f'{n} {mode}' for mode, n in modes.items())}; "
-        f"{times} have {width}x{height} pixels, the others {len(sizes) - 1} other sizes; "
-        f"{blank} of one colour, as Stable Diffusion's safety checker makes them\n"
-        f"  {kilobytes:.0f} kB each, {kilobytes * len(files) / 1e6:.2f} GB in all; one core makes "
-        f"{1 / each:.0f} views/s: an epoch takes it {each * len(files) / 60:.1f} minutes"
+        f"{files.folder}: {len(files):,} images of {(counts > 0).sum()} of {len(counts)} classes"
+        f"{as_named}, {counts.min()} to {counts.max()} a class\n"
+        f"  of {len(looks)} looked at: {kinds}; {len(set(pixels))} sizes, mostly "
+        f"{Counter(pixels).most_common(1)[0][0]}; {sum(blank)} of one colour, as Stable "
+        "Diffusion's safety checker leaves them\n"
+        f"  {each:.0f} kB each, {each * len(files) / 1e6:.2f} GB in all; a core makes "
+        f"{1 / second:.0f} views/s: an epoch takes it {second * len(files) / 60:.1f} minutes"
     )
+
+
+def _look(path: str) -> tuple[str, str, bool, float, float]:
+    """Of an image: format, size, whether it has one colour, kilobytes, and a view's seconds."""
+    began = time.perf_counter()
+    load_view(path, 224, seed=0)
+    seconds = time.perf_counter() - began
+    with opened(path) as picture:
+        name, size = f"{picture.format} {picture.mode}", f"{picture.width}x{picture.height}"
+        blank = all(low == high for low, high in picture.convert("RGB").getextrema())
+    return name, size, blank, os.path.getsize(path) / 1e3, seconds
 
 
 # ----------------------------------------------------------------------------------------- batches

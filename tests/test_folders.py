@@ -284,10 +284,10 @@ def test_workers_leave_signals_to_the_run(files):
 
 def test_the_report_of_a_good_set(files, made):
     report = check_data(files, sample=50)
-    assert f"{made}: 120 images, 20 of 20 classes, 6 to 6 a class\n" in report
-    assert "of 50 looked at: 50 JPEG RGB; " in report
+    assert f"{made}: 120 images of 20 of 20 classes, 6 to 6 a class\n" in report
+    assert "of 50 looked at: 50 JPEG RGB; 3 sizes, mostly " in report
     assert "0 of one colour" in report
-    assert "kB each, 0.00 GB in all; one core makes" in report
+    assert "kB each, 0.00 GB in all; a core makes" in report
 
 
 def test_the_report_counts_what_is_missing(tmp_path):
@@ -295,8 +295,8 @@ def test_the_report_counts_what_is_missing(tmp_path):
         (tmp_path / f"{i}_x").mkdir()
         Image.new("RGB", (40, 30)).save(tmp_path / f"{i}_x" / "a.png")
     report = check_data(list_images(tmp_path, 20))
-    assert "2 images, 2 of 20 classes, 0 to 1 a class" in report
-    assert "2 PNG RGB; 2 have 40x30 pixels, the others 0 other sizes; 2 of one colour" in report
+    assert "2 images of 2 of 20 classes, 0 to 1 a class" in report
+    assert "2 PNG RGB; 1 sizes, mostly 40x30; 2 of one colour" in report
 
 
 def test_broken_images_are_counted_and_the_first_is_named(broken):
