@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.models import ResNet18_Weights
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
@@ -28,7 +27,7 @@ import parallel
 from augmentations import MIXES, draw_mixes, mix_labels
 from data import ImageSet, check_batch_size, load_image
 from experiment import UserError
-from listings import ImageFiles, are_wordnet_ids, list_images, plain
+from listings import ImageFiles, list_images, names_as_in_torchvision
 
 # Channel statistics of ImageNet, those that torchvision's published weights were trained with.
 MEAN = (0.485, 0.456, 0.406)
@@ -42,7 +41,8 @@ STD = (0.229, 0.224, 0.225)
 def opened(path: str) -> Iterator[Image.Image]:
     """A JPEG or PNG that is not decoded yet. Whatever goes wrong within is a UserError."""
     try:
-        with Image.open(path, formats=("JPEG", "PNG")) as picture:
+        with warnings.catch_warnings(), Image.open(path, formats=("JPEG", "PNG")) as picture:
+            warnings.simplefilter("ignore")  # what Pillow warns of is refused, or harmless
             if picture.mode.startswith(("I", "F")):
                 raise ValueError("it does not have 8 bits a channel")
             yield picture
@@ -96,61 +96,48 @@ def _pixels(picture: Image.Image) -> Tensor:
 
 
 def check_data(files: ImageFiles, sample: int = 1000) -> str:
-    """A report of a few lines: counts, and what a random `sample` of the images shows.
+    """A report of three lines: counts, and what a random `sample` of the images shows.
 
-    Errors: UserError on what would end a run hours later, an image that cannot be read, or spoil
-    it: class names that are not those of torchvision's networks in their order.
+    Errors: UserError where an image cannot be read, which would end a run hours later.
     """
-    counts = torch.bincount(files.labels, minlength=len(files.classes))
     picks = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:sample]
-    sizes, modes, broken = Counter(), Counter(), []
-    size_sum, blank, seconds = 0, 0, 0.0
+    looks, broken = [], []
     for i in picks.tolist():
-        path = files.path(i)
         try:
-            with opened(path) as picture:
-                sizes[picture.size] += 1
-                modes[f"{picture.format} {picture.mode}"] += 1
-                lows_highs = np.array(picture.convert("RGB").getextrema())
-            began = time.perf_counter()
-            load_view(path, 224, seed=i)
-            seconds += time.perf_counter() - began
+            looks.append(_look(files.path(i)))
         except UserError as error:
             broken.append(error)
-            continue
-        size_sum += os.path.getsize(path)
-        blank += bool((lows_highs[:, 0] == lows_highs[:, 1]).all())
     if broken:
         raise UserError(
             f"{len(broken)} of {len(picks)} images looked at cannot be read, so about "
             f"{len(broken) * len(files) // len(picks):,} of {len(files):,}; the first: {broken[0]}"
         )
-    (width, height), times = sizes.most_common(1)[0]
-    looked, kilobytes, each = len(picks), size_sum / len(picks) / 1e3, seconds / len(picks)
+    formats, pixels, blank, kilobytes, seconds = zip(*looks, strict=True)
+    counts = torch.bincount(files.labels, minlength=len(files.classes))
+    named = names_as_in_torchvision(files.classes)
+    as_named = "" if named is None else f", {named} of them named as in torchvision"
+    kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(formats).most_common())
+    each, second = sum(kilobytes) / len(looks), sum(seconds) / len(looks)
     return (
-        f"{files.folder}: {len(files):,} images, {(counts > 0).sum()} of {len(counts)} classes, "
-        f"{counts.min()} to {counts.max()} a class{_agreement(files.classes)}\n"
-        f"  of {looked} looked at: {', '.join(f'{n} {mode}' for mode, n in modes.items())}; "
-        f"{times} have {width}x{height} pixels, the others {len(sizes) - 1} other sizes; "
-        f"{blank} of one colour, as Stable Diffusion's safety checker makes them\n"
-        f"  {kilobytes:.0f} kB each, {kilobytes * len(files) / 1e6:.2f} GB in all; one core makes "
-        f"{1 / each:.0f} views/s: an epoch takes it {each * len(files) / 60:.1f} minutes"
+        f"{files.folder}: {len(files):,} images of {(counts > 0).sum()} of {len(counts)} classes"
+        f"{as_named}, {counts.min()} to {counts.max()} a class\n"
+        f"  of {len(looks)} looked at: {kinds}; {len(set(pixels))} sizes, mostly "
+        f"{Counter(pixels).most_common(1)[0][0]}; {sum(blank)} of one colour, as Stable "
+        "Diffusion's safety checker leaves them\n"
+        f"  {each:.0f} kB each, {each * len(files) / 1e6:.2f} GB in all; a core makes "
+        f"{1 / second:.0f} views/s: an epoch takes it {second * len(files) / 60:.1f} minutes"
     )
 
 
-def _agreement(classes: tuple[str, ...]) -> str:
-    """How many classes have torchvision's name, where both have words for the 1000 of ImageNet."""
-    theirs = ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
-    if len(classes) != len(theirs) or are_wordnet_ids(classes):
-        return ""
-    pairs = [(a, b) for a, b in zip(classes, theirs, strict=True) if not a.isdecimal()]
-    same = sum(plain(b) in (plain(a), plain(a.split(",")[0])) for a, b in pairs)
-    if same < len(pairs) / 2:
-        raise UserError(
-            f"only {same} of {len(pairs)} classes have the names that torchvision's networks have "
-            f"in their place; the first is {pairs[0][0]}, and there {pairs[0][1]}: another order?"
-        )
-    return f"; {same} of {len(pairs)} names are those of torchvision" if pairs else ""
+def _look(path: str) -> tuple[str, str, bool, float, float]:
+    """Of an image: format, size, whether it has one colour, kilobytes, and a view's seconds."""
+    began = time.perf_counter()
+    load_view(path, 224, seed=0)
+    seconds = time.perf_counter() - began
+    with opened(path) as picture:
+        name, size = f"{picture.format} {picture.mode}", f"{picture.width}x{picture.height}"
+        blank = all(low == high for low, high in picture.convert("RGB").getextrema())
+    return name, size, blank, os.path.getsize(path) / 1e3, seconds
 
 
 # ----------------------------------------------------------------------------------------- batches
@@ -232,8 +219,8 @@ class FolderLoader:
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:  # of its queue, or its pipe
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise UserError(
                 "a worker that decodes images was killed: for want of memory, or of shared memory "
@@ -264,7 +251,6 @@ def _start_worker(worker: int) -> None:
     """A signal is for the main process: its handlers, which save the run, came along by forking."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    warnings.simplefilter("ignore")  # what Pillow warns of is refused, or harmless
 
 
 # ------------------------------------------------------------------------ few and small enough

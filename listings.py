@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.models import ResNet18_Weights
 
 from experiment import UserError
 
@@ -67,8 +68,9 @@ def list_images(
     A number is the class, and some may lack images. Else the folders, sorted, are the classes, and
     have to be `num_classes`; for the 1000 WordNet ids of ImageNet this is the usual order, that of
     every published network. A folder with only some of its teacher's classes needs `classes`, all
-    of them in order, from `read_classes`; numbered folders are checked against them. Nothing but
-    hidden files is passed over. Errors: UserError that names the file and the rule.
+    of them in order, from `read_classes`; numbered folders are checked against them, and words for
+    1000 classes against torchvision's. Nothing but hidden files is passed over. Errors: UserError
+    that names the file and the rule.
     """
     folder = str(folder)
     names, labels = [], []
@@ -85,6 +87,7 @@ def list_images(
             labels += [number] * len(inside)
     if not names:
         raise UserError(f"there are no images in {folder}")
+    names_as_in_torchvision(classes)
     return ImageFiles(folder, _as_bytes(names), torch.tensor(labels), classes)
 
 
@@ -181,7 +184,7 @@ def read_classes(label_file: str | Path, num_classes: int) -> tuple[str, ...]:
 def check_same_classes(a: ImageFiles, b: ImageFiles) -> None:
     """Errors: UserError where two sets do not number the same classes, as far as names tell.
 
-    WordNet ids and words do not compare: `check_data` compares words with torchvision's instead.
+    WordNet ids and words do not compare: words have been compared with torchvision's instead.
     """
     if len(a.classes) != len(b.classes):
         raise UserError(
@@ -192,6 +195,25 @@ def check_same_classes(a: ImageFiles, b: ImageFiles) -> None:
             ours, theirs = map(plain, names)
             if ours != theirs and not ours.isdecimal() and not theirs.isdecimal():
                 raise UserError(f"class {i} is {ours} in {a.folder}, and {theirs} in {b.folder}")
+
+
+def names_as_in_torchvision(classes: Sequence[str]) -> int | None:
+    """How many of 1000 classes have the name that torchvision's networks have in their place.
+
+    None if the classes are not named by words, or are not 1000. Errors: UserError if hardly any is:
+    the words of ImageNet in another order, by the alphabet, say, which no other check would see.
+    """
+    names = ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
+    if len(classes) != len(names) or are_wordnet_ids(classes):
+        return None
+    pairs = [(a, b) for a, b in zip(classes, names, strict=True) if not a.isdecimal()]
+    same = sum(plain(b) in (plain(a), plain(a.split(",")[0])) for a, b in pairs)
+    if same < len(pairs) / 10:
+        raise UserError(
+            f"only {same} of {len(pairs)} classes have the names that torchvision's networks have "
+            f"in their place; the first is {pairs[0][0]}, and there {pairs[0][1]}: another order?"
+        )
+    return same if pairs else None
 
 
 def are_wordnet_ids(classes: Sequence[str]) -> bool:

@@ -195,12 +195,12 @@ def report(results: dict) -> None:
     trained = results["train_rate"]
     print(f"\ntraining: {trained:.0f} images/s, {results['train_rate_from']}")
     for name, result in results["sizes"].items():
-        slower = (
-            f"{'the loader' if row['ours'][0] < trained else 'training'} with {row['workers']} workers"
-            for row in result["loaders"]
-        )
         cores = trained * result["view_ms"]["reduced"] / 1e3
-        print(f"{name}: {cores:.2f} cores feed that; the bottleneck is {', '.join(slower)}")
+        short = [row["workers"] for row in result["loaders"] if row["ours"][0] < trained]
+        verdict = f"the loader with {short} workers, else training" if short else "training"
+        print(
+            f"{name}: {cores:.2f} cores feed that; of those measured, the bottleneck is {verdict}"
+        )
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:

@@ -4,9 +4,16 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from torchvision.models import ResNet18_Weights
 
 from experiment import UserError
-from listings import check_same_classes, list_images, list_validation, read_classes
+from listings import (
+    check_same_classes,
+    list_images,
+    list_validation,
+    names_as_in_torchvision,
+    read_classes,
+)
 
 WORDNET_IDS = [f"n{1440764 + 1000 * i:08d}" for i in range(20)]  # sorted, as any such list is
 WORDS = [f"kind_{chr(97 + i)}" for i in range(20)]
@@ -150,6 +157,18 @@ def test_sets_have_to_number_the_same_classes(tmp_path):
         check_same_classes(by_id, by_other_id)
     with refuses("a has 20 classes, and .*d has 5"):
         check_same_classes(by_id, fewer)
+
+
+def test_words_in_another_order_than_torchvision_s_are_refused(tmp_path):
+    names = ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
+    assert names_as_in_torchvision(names) == 1000
+    assert names_as_in_torchvision([f"{name.replace(' ', '_')}, a fish" for name in names]) == 1000
+    assert names_as_in_torchvision([*map(str, range(999)), "toilet tissue"]) == 1
+    for others in (map(str, range(1000)), (f"n{i:08d}" for i in range(1000)), WORDS):
+        assert names_as_in_torchvision(tuple(others)) is None
+    by_alphabet = sorted(name.replace(" ", "_").replace("/", "_") for name in names)
+    with refuses("only . of 1000 classes have the names .* the first is .*: another order"):
+        list_images(touch(tmp_path, *(f"{name}/0.jpg" for name in by_alphabet)))
 
 
 # ------------------------------------------------------------------------------ the validation set
