@@ -98,8 +98,8 @@ def test_two_ranks_go_through_it(workdir, tiny):
 def test_the_data_can_be_checked_beforehand(workdir, tiny, capsys):
     student(*tiny, "--check_data", "--limit", 1000)
     said = capsys.readouterr().out
-    assert "1,000 images, 20 of 20 classes, 50 to 50 a class" in said
-    assert "60 images, 20 of 20 classes, 3 to 3 a class" in said
+    assert "1,000 images of 20 of 20 classes, 50 to 50 a class" in said
+    assert "60 images of 20 of 20 classes, 3 to 3 a class" in said
     assert not Path("runs").exists()
 
 
