@@ -98,7 +98,7 @@ def pick_device(name: str, amp: str) -> tuple[torch.device, torch.dtype | None]:
     count = torch.cuda.device_count()
     device = torch.device(name if name != "auto" else "cuda" if count else "cpu")
     if device.type == "cuda":
-        if parallel.world_size() > 1 and device.index is None:
+        if parallel.world_size() > 1:
             device = torch.device("cuda", parallel.local_rank())
         if (device.index or 0) >= count:
             raise UserError(f"--device {name}: PyTorch finds {count} CUDA devices here")
