@@ -202,11 +202,12 @@ def predict(model: nn.Module, loader: DeviceLoader, amp: torch.dtype | None = No
     Each rank goes through its part of the images, and gets the logits of all.
     """
     model.eval()
-    logits = [torch.empty(0, loader.classes, device=loader.device)]
+    logits = []
     for images, _ in loader:
         with torch.autocast(loader.device.type, dtype=amp, enabled=amp is not None):
             logits.append(model(images).float())
-    return parallel.all_rows(torch.cat(logits), len(loader.labels))
+    own = torch.cat(logits or [torch.empty(0, loader.classes, device=loader.device)])
+    return parallel.all_rows(own, len(loader.labels))
 
 
 def evaluate(

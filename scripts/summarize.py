@@ -4,8 +4,9 @@
 
 A run's folder is named SETTING-SEED. Its config.json, metrics.csv and per_class.csv are copied;
 summary.csv has a row for each setting: how many seeds, the teacher's accuracy, mean and sample
-standard deviation of the last epoch's, the mean of the best epochs (picked on the test set), the
-agreement with the teacher at the end, the minutes of a run, hardware and commit.
+standard deviation of the last epoch's, the mean of the best epochs (picked on the test set), what
+the last epoch has of train_agreement, val_kd_loss and val_agreement, the minutes of a run, hardware
+and commit.
 """
 
 import csv
@@ -67,7 +68,10 @@ def summary(setting: str, runs: list[dict]) -> dict[str, str | int]:
     """The row of a setting, from the configuration and the metrics of its runs."""
     tables, configs = [run["metrics"] for run in runs], [run["config"] for run in runs]
     last = [table["test_accuracy"][-1] for table in tables]
-    agreement = [table["train_agreement"][-1] for table in tables if "train_agreement" in table]
+    ends = {
+        key: mean([table[key][-1] for table in tables if key in table])
+        for key in ("train_agreement", "val_kd_loss", "val_agreement")
+    }
     teachers = [config.get("teacher_accuracy") for config in configs]
     return {
         "setting": setting,
@@ -76,7 +80,7 @@ def summary(setting: str, runs: list[dict]) -> dict[str, str | int]:
         "last_mean": mean(last),
         "last_std": f"{statistics.stdev(last):.2f}" if len(last) > 1 else "",
         "best_mean": mean([max(table["test_accuracy"]) for table in tables]),
-        "agreement": mean(agreement),
+        **ends,
         "minutes": mean([sum(table["seconds"]) / 60 for table in tables]),
         "hardware": " / ".join(sorted({config["hardware"] for config in configs})),
         "commit": " / ".join(sorted({str(config["git_commit"]) for config in configs})),
