@@ -248,9 +248,14 @@ class _Batches(Dataset):
 
 
 def _start_worker(worker: int) -> None:
-    """A signal is for the main process: its handlers, which save the run, came along by forking."""
+    """Leave signals to the process that saves the run; its handlers came along by forking.
+
+    Ctrl-C, and a cluster's SIGTERM, reach every process. A worker goes on at the one, and ends with
+    0 at the other, by which it is also sent home: any other end PyTorch takes for a failure, and
+    raises an error in the process that is saving.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
 
 
 # ------------------------------------------------------------------------ few and small enough

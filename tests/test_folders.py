@@ -1,6 +1,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import loader
@@ -263,20 +265,42 @@ def test_a_worker_that_is_killed_is_said_so(files):
                 os.kill(process.pid, signal.SIGKILL)
 
 
-def test_workers_leave_signals_to_the_run(files):
-    def handler(number, frame):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_stops_only_the_one_that_saves(made, number):
+    """As from Ctrl-C, or from a cluster: the process ends as it wants to, and soon."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDLESS, str(made), str(int(number))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(folders.__file__).parent,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "first batch\n"
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=30)
+    assert (out, err) == ("", "\nsaved\n")
+    assert process.returncode == 128 + number
 
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        loader = FolderLoader(files, 24, "cpu", train=False, workers=1, size=SIZE)
-        batches = iter(loader)
-        next(batches)
-        for process in loader.loader._iterator._workers:
-            os.kill(process.pid, signal.SIGINT)  # Ctrl-C reaches every process
-        assert len(list(batches)) == 4
-    finally:
-        signal.signal(signal.SIGINT, before)
+
+ENDLESS = """
+import signal, sys
+from experiment import Stopped, one_line_errors
+from folders import FolderLoader
+from listings import list_images
+
+def stop(number, frame):
+    raise Stopped(number, "saved")
+
+signal.signal(int(sys.argv[2]), stop)
+with one_line_errors():
+    loader = FolderLoader(list_images(sys.argv[1], 20), 8, "cpu", train=True, workers=2)
+    while True:
+        for i, _ in enumerate(loader):
+            if i == 0:
+                print("first batch", flush=True)
+                signal.pause()
+"""
 
 
 # ---------------------------------------------------------------------------------------- checking
