@@ -13,7 +13,9 @@ from torchvision.models import ResNet18_Weights
 
 from experiment import UserError
 
-FILES = {name: Path(__file__).parent / "classes" / f"{name}.csv" for name in ("cifar10", "cifar100")}
+FILES = {
+    name: Path(__file__).parent / "classes" / f"{name}.csv" for name in ("cifar10", "cifar100")
+}
 
 
 @dataclass(frozen=True)

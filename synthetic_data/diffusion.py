@@ -135,5 +135,7 @@ def load_unet(path: str | Path) -> tuple[nn.Module, list[str]]:
     except UserError:
         raise
     except Exception as error:  # a file that was tampered with can raise nearly anything
-        raise UserError(f"{path} is not a whole diffusion model ({type(error).__name__})") from error
+        raise UserError(
+            f"{path} is not a whole diffusion model ({type(error).__name__})"
+        ) from error
     return unet.eval().requires_grad_(False), classes

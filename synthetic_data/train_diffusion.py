@@ -146,7 +146,7 @@ def main(args: Namespace) -> None:
                 "epoch": epoch,
                 "lr": lr,
                 "train_loss": train_loss,
-                "test_loss": test_loss(average.model, schedule, test_set, device, amp),
+                "test_loss": fixed_loss(average.model, schedule, test_set, device, amp),
                 "seconds": time.perf_counter() - began,
                 "images_per_second": steps * args.batch_size / (trained - began),
             }
@@ -189,27 +189,21 @@ def _scaled(images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def test_loss(
-    unet: nn.Module,
-    schedule,
-    test_set: ImageSet,
-    device: torch.device,
-    amp: torch.dtype | None,
-    batch_size: int = 500,
+def fixed_loss(
+    unet: nn.Module, schedule, data: ImageSet, device: torch.device, amp: torch.dtype | None
 ) -> float:
-    """The loss on images that were not trained on, with the same noise every time: were it to rise
-    while the training loss falls, the network would be learning the training images by heart."""
+    """The mean loss over `data`, with the same noise every time and all labels given.
+
+    If it rose on the test images while the training loss falls, the network would be learning the
+    training images by heart.
+    """
     seed_everything(0)
-    losses = torch.zeros((), device=device)
-    for images, labels in zip(
-        test_set.images.split(batch_size), test_set.labels.split(batch_size), strict=True
-    ):
+    loss_sum = torch.zeros((), device=device)
+    for images, labels in zip(data.images.split(500), data.labels.split(500), strict=True):
+        images, labels = _scaled(images.to(device)), labels.to(device)
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-            loss = diffusion.diffusion_loss(
-                unet, schedule, _scaled(images.to(device)), labels.to(device)
-            )
-        losses += loss * len(images)
-    return losses.item() / len(test_set)
+            loss_sum += len(images) * diffusion.diffusion_loss(unet, schedule, images, labels)
+    return loss_sum.item() / len(data)
 
 
 def restore(
