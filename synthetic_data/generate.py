@@ -11,9 +11,11 @@ are config.json, contact sheets, and manifest.csv, which is written last: a set 
 finished. The images of CIFAR-10's classes get CIFAKE's names, others a folder a class.
 
 The noise of an image comes from --seed, its class and its number: the rest of the set, stops, and
-the number of GPUs have no part in it. After a stop, the same command goes on.
-`torchrun --nproc_per_node 8 synthetic_data/generate.py ...` splits the work over eight GPUs. Not
-yet run on a GPU, nor with the weights of Stable Diffusion and DiT.
+the number of GPUs have no part in it. On the CPU the files are the same bit for bit; on GPUs,
+--batch_size and the kind of GPU may show in a last bit. After a stop, the same command goes on.
+`torchrun --nproc_per_node 8 synthetic_data/generate.py ...` splits the work over eight GPUs.
+
+Not yet run on a GPU, nor with the weights of Stable Diffusion and DiT.
 """
 
 import hashlib
@@ -132,7 +134,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         type=flags.whole(1, 10**5),
         default=64,
         metavar="N",
-        help="images at a time [%(default)s]",
+        help="images at a time on a GPU; a CPU makes one at a time [%(default)s]",
     )
     run("--device", type=flags.device, default="auto", help="auto, cpu, cuda, cuda:N [%(default)s]")
     args = parser.parse_args(argv)
@@ -154,9 +156,10 @@ def main(args: Namespace) -> None:
         discard(args.output)
     claim(args, identity, tag=f".{rank}")
 
-    # a batch is made whole: its rounding does not depend on where an earlier job was stopped
-    starts = range(0, len(plan), args.batch_size)
-    batches = [range(i, min(i + args.batch_size, len(plan))) for i in starts]
+    # The last bits of a network's output depend on the size of its batch. So a batch is made whole,
+    # wherever an earlier job was stopped; and on the CPU, which gains little by batches, alone.
+    size = 1 if device.type == "cpu" else args.batch_size
+    batches = [range(i, min(i + size, len(plan))) for i in range(0, len(plan), size)]
     done = existing(images)
     todo = [b for b in batches[rank::world_size] if not done.issuperset(map(plan.file, b))]
     with stopping(args.output):
@@ -270,7 +273,7 @@ def from_hub(plan: Plan, device: torch.device, dtype: torch.dtype) -> Draw:
         name = "StableDiffusionPipeline"
         options = {"safety_checker": None, "requires_safety_checker": False}
     try:
-        pipeline = getattr(diffusers, name).from_pretrained(model, torch_dtype=dtype, **options)
+        pipeline = getattr(diffusers, name).from_pretrained(model, dtype=dtype, **options)
     except Exception as error:  # diffusers and what is below it raise nearly anything
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"{model} cannot be loaded as a {name}: {reason}") from error

@@ -11,6 +11,7 @@ whoever writes it.
 """
 
 import csv
+import functools
 import io
 import json
 import os
@@ -80,8 +81,11 @@ class Plan:
         that depends on the seed.
         """
         index, label = divmod(n, len(self.categories))
-        start = int(np.random.SeedSequence(self.args.seed).generate_state(1)[0])
-        return (start + 4096 * index + label) % 2**32
+        return (self._start + 4096 * index + label) % 2**32
+
+    @functools.cached_property
+    def _start(self) -> int:
+        return int(np.random.SeedSequence(self.args.seed).generate_state(1)[0])
 
     def generators(self, numbers: range) -> list[torch.Generator]:
         """One for each image: its noise does not depend on the others of its batch."""
@@ -118,7 +122,8 @@ def claim(args: Namespace, identity: dict, tag: str) -> None:
                 raise UserError(f"{args.output} was begun with another {key}: {otherwise}")
         (args.output / "images").mkdir(exist_ok=True)
         return
-    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+    empty = not args.output.exists() or (args.output.is_dir() and not any(args.output.iterdir()))
+    if not empty and not args.overwrite:
         raise UserError(f"{args.output} holds something else already: name a new folder")
     (args.output / "images").mkdir(parents=True, exist_ok=True)
     config = {"kind": "images", **surroundings(args.device), **identity, "args": stored}
@@ -128,7 +133,7 @@ def claim(args: Namespace, identity: dict, tag: str) -> None:
 
 def discard(output: Path) -> None:
     """Delete a set, and nothing else that may lie beside it. Errors: UserError."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not output.exists():
         return
     if not (output / "config.json").exists() or read_config(output).get("kind") != "images":
         raise UserError(f"{output} is no set of images: --overwrite does not delete it")

@@ -59,6 +59,8 @@ DEMO = dict(
     output=Path("runs/demo/diffusion_cifar10.pth"),
 )
 
+SHEET = dict(guidance_scale=2.0, steps=20)  # of samples.png
+
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = flags.Parser(__doc__)
@@ -232,11 +234,11 @@ def restore(
 def draw_samples(
     unet: nn.Module, classes: int, path: Path, device: torch.device, amp: torch.dtype | None
 ) -> None:
-    """A picture with a row of eight samples for each class, at guidance 2 and 20 steps."""
+    """A picture with a row of eight samples for each class."""
     labels = torch.arange(classes).repeat_interleave(8)
     noise = torch.randn(len(labels), 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-        images = diffusion.sample(unet, labels.to(device), noise.to(device), 2.0, steps=20)
+        images = diffusion.sample(unet, labels.to(device), noise.to(device), **SHEET)
     with replacing(path) as file:
         save_image(images, file, nrow=8, format="png")
 
