@@ -13,6 +13,7 @@ import main_train_cifar10 as student_script
 import plots
 from data import CLASSES
 from models import build_model, to_checkpoint
+from synthetic_data import generate, measure, train_diffusion
 
 README = (REPOSITORY / "README.md").read_text()
 SCRIPTS = {
@@ -20,6 +21,9 @@ SCRIPTS = {
     "main_train_cifar10.py": student_script,
     "plots.py": plots,
     "benchmarks/speed.py": speed,
+    "synthetic_data/generate.py": generate,
+    "synthetic_data/measure.py": measure,
+    "synthetic_data/train_diffusion.py": train_diffusion,
 }
 COMMANDS = re.findall(r"^ *python (\S+\.py .*?)\s*(?:#.*)?$", README, re.MULTILINE)
 DOCSTRINGS = [s.__doc__.replace("\\\n", " ") for s in SCRIPTS.values()]
@@ -41,7 +45,11 @@ def test_every_command_parses(command, monkeypatch):
 
 
 def test_the_published_commands_are_the_defaults():
-    for script, module in (("fine_tune", teacher_script), ("main_train", student_script)):
+    for script, module in (
+        ("fine_tune", teacher_script),
+        ("main_train", student_script),
+        ("synthetic_data/train_diffusion", train_diffusion),
+    ):
         published = [c for c in COMMANDS if c.startswith(script) and "--batch_size" in c]
         assert published
         for command in published:
