@@ -15,7 +15,7 @@ data=${DATA_DIR:-data} cifake=${CIFAKE:-synthetic_data/cifake_train_fake}
 if [ "${1:-}" = toy ]; then
     top=runs/fidelity-toy results=runs/fidelity-toy/results
     guidance=${GUIDANCE:-1 2} steps=${STEPS:-2} seeds=${SEEDS:-0} counts=${COUNTS:-20 40}
-    per_class=4 larger=8
+    per_class=4 larger=8 larger_steps=2
     generator="--epochs 1 --channels 8 --layers 1 --batch_size 50 --limit 100 --device cpu"
     sampler="--device cpu"
     expert="--epochs 1 --limit 100 --batch_size 50 --init random --stem imagenet --device cpu"
@@ -27,7 +27,7 @@ else
     top=runs/fidelity results=results/fidelity
     guidance=${GUIDANCE:-1 1.5 2 3 4 6} steps=${STEPS:-10 50 100} seeds=${SEEDS:-0 1 2}
     counts=${COUNTS:-10000 50000 200000 500000}
-    per_class=5000 larger=50000
+    per_class=5000 larger=50000 larger_steps=50
     generator="--epochs 100"
     sampler="--batch_size 1000"
     expert="--init random --optimizer sgd --nesterov --lr 0.1 --weight_decay 5e-4 --scheduler onecycle --epochs 50"
@@ -88,7 +88,7 @@ for g in $guidance; do
 done
 
 echo "== students of the expert, by the number of images, with the same number of updates"
-images more --guidance_scale 2 --steps 50 --per_class $larger
+images more --guidance_scale 2 --steps $larger_steps --per_class $larger
 for count in $counts; do
     epochs=$(((updates + count / batch - 1) / (count / batch)))
     for seed in $seeds; do

@@ -162,7 +162,7 @@ def main(args: Namespace) -> None:
     batches = [range(i, min(i + size, len(plan))) for i in range(0, len(plan), size)]
     done = existing(images)
     todo = [b for b in batches[rank::world_size] if not done.issuperset(map(plan.file, b))]
-    with stopping(args.output):
+    with stopping(args):
         if todo:
             pipeline = local if args.pipeline == "local" else from_hub
             make(plan, todo, pipeline(plan, device, dtype), rank)
@@ -208,14 +208,13 @@ def load_categories(args: Namespace) -> tuple[list[Category], dict]:
 
 
 @contextmanager
-def stopping(output: Path) -> Iterator[None]:
+def stopping(args: Namespace) -> Iterator[None]:
     """In this block, SIGINT and SIGTERM end the script with a line that says how to go on."""
 
     def stop(number: int, frame: object) -> None:
-        count = len(existing(output / "images"))
-        raise Stopped(
-            number, f"stopped: {count:,} images are in {output}; the same command goes on"
-        )
+        count = len(existing(args.output / "images"))
+        same = "the same command" + ", without --overwrite," * args.overwrite
+        raise Stopped(number, f"stopped: {count:,} images are in {args.output}; {same} goes on")
 
     before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:

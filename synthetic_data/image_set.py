@@ -106,26 +106,25 @@ def claim(args: Namespace, identity: dict, tag: str) -> None:
 
     `identity` is what has to be the same beside the flags; `tag` tells processes apart.
     """
-    path = args.output / "config.json"
+    path, images = args.output / "config.json", args.output / "images"
     stored = {key: value for key, value in vars(args).items() if key not in FREE}
-    if path.exists():
-        config = read_config(args.output)
+    config = read_config(args.output) if path.exists() else {}
+    empty = not args.output.exists() or (args.output.is_dir() and not any(args.output.iterdir()))
+    if config.get("kind") != "images" and not empty and not args.overwrite:
+        raise UserError(f"{args.output} holds something else already: name a new folder")
+    if config and images.exists() and existing(images):
         otherwise = "name another --output, or --overwrite this one"
         for key, value in stored.items():
-            if config["args"].get(key) != value:
-                was = config["args"].get(key)
+            was = config["args"].get(key)
+            if was != value:
                 raise UserError(
                     f"{args.output} was made with --{key} {was}, not {value}: {otherwise}"
                 )
         for key, value in identity.items():
             if config.get(key) != value:
                 raise UserError(f"{args.output} was begun with another {key}: {otherwise}")
-        (args.output / "images").mkdir(exist_ok=True)
         return
-    empty = not args.output.exists() or (args.output.is_dir() and not any(args.output.iterdir()))
-    if not empty and not args.overwrite:
-        raise UserError(f"{args.output} holds something else already: name a new folder")
-    (args.output / "images").mkdir(parents=True, exist_ok=True)
+    images.mkdir(parents=True, exist_ok=True)
     config = {"kind": "images", **surroundings(args.device), **identity, "args": stored}
     with replacing(path, tag) as file:
         file.write((json.dumps(config, indent=2) + "\n").encode())

@@ -322,6 +322,7 @@ def test_a_model_that_lacks_a_part(pipeline, part, workdir, models, capsys):
     code, text = fails(generate, command(models, pipeline, "set", "--model", model), capsys)
     assert code == 1
     assert text.startswith(f"error: {model} cannot be loaded as a ")
+    run(models, pipeline, "set", "--per_class", 1)  # with a whole one, as nothing was made yet
 
 
 MODELS = [
@@ -403,12 +404,16 @@ def test_nothing_is_overwritten(workdir, models, capsys):
     other = workdir / "holiday"
     (other / "images").mkdir(parents=True)
     (other / "images" / "beach.png").write_bytes(b"mine")
+    Path("run").mkdir()
+    Path("run/config.json").write_text('{"kind": "student", "args": {}}')
     before = snapshot(workdir)
     for argv, expected in (
         (["--guidance_scale", 4], "set was made with --guidance_scale 2.0, not 4.0: name another"),
         (["--per_class", 2], "set was made with --per_class 3, not 2"),
         (["--output", other], f"{other} holds something else already"),
         (["--output", other, "--overwrite"], f"{other} is no set of images"),
+        (["--output", "run"], "run holds something else already"),
+        (["--output", "run", "--overwrite"], "run is no set of images"),
         (["--output", "set/config.json"], "set/config.json holds something else already"),
     ):
         code, text = fails(generate, command(models, "local_two", "set", *argv), capsys)
