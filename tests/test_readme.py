@@ -14,6 +14,7 @@ import main_train_imagenet as imagenet_script
 import plots
 from data import CLASSES
 from models import build_model, to_checkpoint
+from synthetic_data import generate, measure, train_diffusion
 
 README = (REPOSITORY / "README.md").read_text()
 SCRIPTS = {
@@ -22,6 +23,9 @@ SCRIPTS = {
     "main_train_imagenet.py": imagenet_script,
     "plots.py": plots,
     "benchmarks/speed.py": speed,
+    "synthetic_data/generate.py": generate,
+    "synthetic_data/measure.py": measure,
+    "synthetic_data/train_diffusion.py": train_diffusion,
 }
 START = r"(?:python|torchrun --nproc_per_node=8) "
 COMMANDS = re.findall(r"^ *" + START + r"(\S+\.py .*?)\s*(?:#.*)?$", README, re.MULTILINE)
@@ -46,7 +50,11 @@ def test_every_command_parses(command, monkeypatch):
 
 
 def test_the_published_commands_are_the_defaults():
-    for script, module in (("fine_tune", teacher_script), ("main_train", student_script)):
+    for script, module in (
+        ("fine_tune", teacher_script),
+        ("main_train", student_script),
+        ("synthetic_data/train_diffusion", train_diffusion),
+    ):
         published = [c for c in COMMANDS if c.startswith(script) and "--batch_size" in c]
         assert published
         for command in published:

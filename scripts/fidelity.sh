@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# How faithful should synthetic images be? Students of one recipe on sets of other guidance and steps.
+#
+#     bash scripts/fidelity.sh          the study; needs CIFAR-10, and CIFAKE for one more point
+#     bash scripts/fidelity.sh toy      the same commands at toy sizes, on a CPU: does it all work?
+#
+# DATA_DIR (default data) holds CIFAR-10, CIFAKE (default synthetic_data/cifake_train_fake) CIFAKE's
+# images. GUIDANCE, STEPS, SEEDS and COUNTS, lists in quotes, take other points: more, or fewer.
+# Everything goes to runs/fidelity/, the table and the plot to results/fidelity/. What is finished is
+# skipped, what was stopped goes on. Not yet run at full size.
+set -euo pipefail
+source "$(dirname "$0")/environment.sh" requirements-generate.txt
+
+data=${DATA_DIR:-data} cifake=${CIFAKE:-synthetic_data/cifake_train_fake}
+if [ "${1:-}" = toy ]; then
+    top=runs/fidelity-toy results=runs/fidelity-toy/results
+    guidance=${GUIDANCE:-1 2} steps=${STEPS:-2} seeds=${SEEDS:-0} counts=${COUNTS:-20 40}
+    per_class=4 larger=8 larger_steps=2
+    generator="--epochs 1 --channels 8 --layers 1 --batch_size 50 --limit 100 --device cpu"
+    sampler="--device cpu"
+    expert="--epochs 1 --limit 100 --batch_size 50 --init random --stem imagenet --device cpu"
+    beginner=$expert
+    student="--epochs 2 --limit 100 --batch_size 20 --stem imagenet --device cpu"
+    updates=4 batch=20
+    measure="--neighbours 24 --device cpu"
+else
+    top=runs/fidelity results=results/fidelity
+    guidance=${GUIDANCE:-1 1.5 2 3 4 6} steps=${STEPS:-10 50 100} seeds=${SEEDS:-0 1 2}
+    counts=${COUNTS:-10000 50000 200000 500000}
+    per_class=5000 larger=50000 larger_steps=50
+    generator="--epochs 100"
+    sampler="--batch_size 1000"
+    expert="--init random --optimizer sgd --nesterov --lr 0.1 --weight_decay 5e-4 --scheduler onecycle --epochs 50"
+    beginner="--init random --optimizer sgd --nesterov --lr 0.1 --weight_decay 5e-4 --scheduler onecycle --epochs 2"
+    student="--epochs 50"
+    updates=19500 batch=128
+    measure=""
+fi
+
+once() { # once NAME SCRIPT FLAGS...: a run that is skipped, resumed or started
+    local run=$top/$1 script=$2
+    shift 2
+    if [ -e "$run.pth" ]; then
+        echo "== $run: finished before"
+    elif [ -e "$run/config.json" ]; then
+        python "$script" --resume "$run"
+    else
+        python "$script" --run_dir "$run" --output "$run.pth" "$@"
+    fi
+}
+images() { # images NAME FLAGS...: a set of the generator, and what it is like
+    python synthetic_data/generate.py --pipeline local --model $top/generator.pth $sampler \
+        --output "$top/images/$1" "${@:2}"
+    measures "$1" "$top/images/$1/images"
+}
+measures() { # measures NAME FOLDER
+    [ -e "$top/measures/$1/measures.json" ] || python synthetic_data/measure.py "$2" $measure \
+        --teacher_weights $top/expert.pth --data_dir "$data" --output "$top/measures/$1"
+}
+students() { # students NAME FOLDER TEACHER: one a seed
+    for seed in $seeds; do
+        once "students/$1/$3-$seed" main_train_cifar10.py --synthetic_data_dir "$2" --data_dir "$data" \
+            --teacher_weights $top/$3.pth --seed "$seed" $student
+    done
+}
+
+echo "== a generator, and two teachers: an expert and a beginner"
+once generator synthetic_data/train_diffusion.py --data_dir "$data" $generator
+once expert fine_tune_teacher_cifar10.py --data_dir "$data" $expert
+once beginner fine_tune_teacher_cifar10.py --data_dir "$data" $beginner
+
+echo "== students of the expert, by guidance and steps; CIFAKE is one more point"
+for g in $guidance; do
+    for s in $steps; do
+        images "g$g-s$s" --guidance_scale "$g" --steps "$s" --per_class $per_class
+        students "g$g-s$s" "$top/images/g$g-s$s/images" expert
+    done
+done
+if [ -d "$cifake" ]; then
+    measures cifake "$cifake"
+    students cifake "$cifake" expert
+fi
+
+echo "== students of the beginner, by guidance: does the best fidelity depend on the teacher?"
+for g in $guidance; do
+    s=${steps##* } # the last
+    students "g$g-s$s" "$top/images/g$g-s$s/images" beginner
+done
+
+echo "== students of the expert, by the number of images, with the same number of updates"
+images more --guidance_scale 2 --steps $larger_steps --per_class $larger
+for count in $counts; do
+    epochs=$(((updates + count / batch - 1) / (count / batch)))
+    for seed in $seeds; do
+        once "counts/$count-$seed" main_train_cifar10.py --data_dir "$data" \
+            --synthetic_data_dir $top/images/more/images --teacher_weights $top/expert.pth \
+            --seed "$seed" $student --epochs $epochs --limit "$count"
+    done
+done
+
+python scripts/plot_fidelity.py $top $results

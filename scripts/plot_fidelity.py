@@ -1,0 +1,135 @@
+"""The table and the plots of scripts/fidelity.sh, from what it has finished so far.
+
+    python scripts/plot_fidelity.py runs/fidelity results/fidelity
+
+Writes fidelity.csv, a row a student; table.md, a row a set of images and teacher; counts.csv; and
+fidelity.png: the students' accuracy over the teacher's accuracy on the images, over guidance, and
+over the number of images. Students' accuracies are those of the last epoch.
+"""
+
+import csv
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+
+def last_accuracy(folder: Path) -> float:
+    with open(folder / "metrics.csv", newline="") as file:
+        return float(list(csv.DictReader(file))[-1]["test_accuracy"])
+
+
+def read_students(top: Path) -> list[dict]:
+    """A row for each finished student: its images, its teacher and its accuracy."""
+    rows = []
+    for path in sorted(top.glob("students/*/*.pth")):
+        name = path.parent.name
+        measures = json.loads((top / "measures" / name / "measures.json").read_text())
+        args = {}
+        if name != "cifake":
+            args = json.loads((top / "images" / name / "config.json").read_text())["args"]
+        teacher, _, seed = path.stem.rpartition("-")
+        row = {"images": name, "guidance": args.get("guidance_scale"), "steps": args.get("steps")}
+        row |= {"teacher": teacher, "seed": int(seed)}
+        row |= {key: measures[key] for key in ("teacher_accuracy", "confidence", "fid")}
+        rows.append(row | {"student_accuracy": last_accuracy(path.with_suffix(""))})
+    return rows
+
+
+def read_counts(top: Path) -> list[dict]:
+    rows = []
+    for path in top.glob("counts/*.pth"):
+        count, seed = map(int, path.stem.split("-"))
+        rows.append(
+            {"images": count, "seed": seed, "student_accuracy": last_accuracy(path.with_suffix(""))}
+        )
+    return sorted(rows, key=lambda row: (row["images"], row["seed"]))
+
+
+def over_seeds(rows: list[dict], *keys: str) -> list[tuple[dict, float, float]]:
+    """The rows of one student a group, with the mean and the standard deviation of all of them."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    found = []
+    for group in groups.values():
+        values = [row["student_accuracy"] for row in group]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        found.append(({**group[0], "n": len(group)}, statistics.mean(values), spread))
+    return found
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_table(path: Path, groups: list[tuple[dict, float, float]]) -> None:
+    with open(path, "w") as file:
+        file.write(
+            "| images | guidance | steps | expert's accuracy on them | its confidence | FID "
+            "| teacher | student | n |\n|---|---|---|---|---|---|---|---|---|\n"
+        )
+        for row, mean, spread in groups:
+            fid = "" if row["fid"] is None else f"{row['fid']:.2f}"
+            file.write(
+                f"| {row['images']} | {row['guidance'] or ''} | {row['steps'] or ''} "
+                f"| {row['teacher_accuracy']:.2f} | {row['confidence']:.2f} | {fid} "
+                f"| {row['teacher']} | {mean:.2f} ± {spread:.2f} | {row['n']} |\n"
+            )
+
+
+def draw(students: list[tuple[dict, float, float]], counts: list, path: Path) -> None:
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    fidelity, guidance, number = figure.subplots(1, 3)
+    for row, mean, spread in students:
+        if row["teacher"] == "expert":
+            style = {"fmt": "*", "ms": 12} if row["images"] == "cifake" else {"fmt": "o"}
+            fidelity.errorbar(row["teacher_accuracy"], mean, spread, color="C0", **style)
+            fidelity.annotate(row["images"], (row["teacher_accuracy"], mean), fontsize=7)
+    made = [group for group in students if group[0]["guidance"] is not None]
+    for teacher, steps in sorted({(row["teacher"], row["steps"]) for row, _, _ in made}):
+        line = [g for g in made if (g[0]["teacher"], g[0]["steps"]) == (teacher, steps)]
+        curve(guidance, line, "guidance", f"{teacher}, {steps} steps")
+    if counts:
+        curve(number, counts, "images", "the same number of updates")
+        number.set_xscale("log")
+    fidelity.set(title="Fidelity", xlabel="accuracy of the expert on the images, percent")
+    guidance.set(title="Guidance", xlabel="guidance scale")
+    number.set(title="Number of images", xlabel="synthetic images")
+    for axes in (fidelity, guidance, number):
+        axes.set_ylabel("student on the real test set, percent")
+        axes.grid(alpha=0.3)
+    guidance.legend()
+    number.legend()
+    figure.savefig(path, dpi=120)
+
+
+def curve(axes: Axes, groups: list[tuple[dict, float, float]], key: str, label: str) -> None:
+    points = sorted((row[key], mean, spread) for row, mean, spread in groups)
+    axes.errorbar(*zip(*points, strict=True), fmt="o-", capsize=3, label=label)
+
+
+def main(top: Path, output: Path) -> None:
+    students, counts = read_students(top), read_counts(top)
+    if not students:
+        sys.exit(f"error: no student in {top} is finished yet")
+    output.mkdir(parents=True, exist_ok=True)
+    groups = over_seeds(students, "images", "teacher")
+    write_csv(output / "fidelity.csv", students)
+    write_table(output / "table.md", groups)
+    if counts:
+        write_csv(output / "counts.csv", counts)
+    draw(groups, over_seeds(counts, "images"), output / "fidelity.png")
+    print((output / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(f"usage: python {sys.argv[0]} runs/fidelity results/fidelity")
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,316 @@
+"""Make a set of synthetic images with a diffusion model: what a student is then trained on.
+
+    python synthetic_data/generate.py --pipeline local --guidance_scale 2 --output images/own
+    python synthetic_data/generate.py --pipeline stable-diffusion --output images/sd
+    python synthetic_data/generate.py --pipeline dit --steps 100 --output images/dit
+
+`local` is a model by train_diffusion.py; `stable-diffusion` and `dit` are loaded by diffusers, from
+its hub or from a folder. The paper calls guidance 2 with 100 steps low fidelity, and 4 with 250
+high. A student takes the result with `--synthetic_data_dir images/own/images`; beside that folder
+are config.json, contact sheets, and manifest.csv, which is written last: a set that has one is
+finished. The images of CIFAR-10's classes get CIFAKE's names, others a folder a class.
+
+The noise of an image comes from --seed, its class and its number: the rest of the set, stops, and
+the number of GPUs have no part in it. On the CPU the files are the same bit for bit; on GPUs,
+--batch_size and the kind of GPU may show in a last bit. After a stop, the same command goes on.
+`torchrun --nproc_per_node 8 synthetic_data/generate.py ...` splits the work over eight GPUs.
+
+Not yet run on a GPU, nor with the weights of Stable Diffusion and DiT.
+"""
+
+import hashlib
+import os
+import signal
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import flags  # noqa: E402
+from experiment import (  # noqa: E402
+    STOP_SIGNALS,
+    Stopped,
+    UserError,
+    one_line_errors,
+    pick_device,
+)
+from synthetic_data import diffusion  # noqa: E402
+from synthetic_data.classes import Category, load_classes, named  # noqa: E402
+from synthetic_data.image_set import (  # noqa: E402
+    Plan,
+    claim,
+    discard,
+    existing,
+    finish,
+    write_image,
+)
+
+# Where each pipeline finds its model, when --model does not say.
+MODELS = {
+    "stable-diffusion": "CompVis/stable-diffusion-v1-4",  # as CIFAKE
+    "dit": "facebook/DiT-XL-2-256",  # as the paper
+    "local": "diffusion_cifar10.pth",
+}
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Draw = Callable[[range], Tensor]
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    parser = flags.Parser(__doc__)
+    model = parser.add_argument_group("model").add_argument
+    model("--pipeline", choices=tuple(MODELS), required=True, help="what makes the images")
+    model(
+        "--model",
+        metavar="NAME",
+        help="a name on diffusers' hub, a folder of the same form, or for local a file; by default "
+        + ", ".join(MODELS.values()),
+    )
+    model(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="auto means bf16 on a GPU that has it, else float32 [%(default)s]",
+    )
+    what = parser.add_argument_group("images").add_argument
+    what(
+        "--classes",
+        metavar="NAME",
+        help="cifar10, cifar100, imagenet, or a file with a class a line, as those in "
+        "synthetic_data/classes/ [cifar10; local: the classes that the model knows]",
+    )
+    what(
+        "--prompt",
+        default="a photograph of {class}",
+        metavar="TEXT",
+        help="for stable-diffusion; {class} stands for what the list of classes says [%(default)s]",
+    )
+    what(
+        "--per_class",
+        type=flags.whole(1, 999_999),
+        default=5000,
+        metavar="N",
+        help="number of images of each class [%(default)s]",
+    )
+    what(
+        "--image_size",
+        type=flags.whole(8, 4096),
+        default=32,
+        metavar="N",
+        help="pixels a side; larger pictures are brought down with antialiasing [%(default)s]",
+    )
+    add_sampling = parser.add_argument_group("sampling").add_argument
+    add_sampling(
+        "--guidance_scale",
+        type=flags.number(1, 100),
+        default=2.0,
+        metavar="X",
+        help="1: as likely as the class; higher: more typical of it, and less varied [%(default)s]",
+    )
+    add_sampling(
+        "--steps",
+        type=flags.whole(1, 1000),
+        default=50,
+        metavar="N",
+        help="evaluations of the network an image, twice as many with guidance [%(default)s]",
+    )
+    add_sampling(
+        "--seed", type=flags.whole(0, 2**32 - 1), default=0, metavar="N", help="[%(default)s]"
+    )
+    run = parser.add_argument_group("run").add_argument
+    run("--output", type=Path, required=True, metavar="DIR", help="the folder of the set")
+    run("--overwrite", action="store_true", help="throw away the set that is in --output")
+    run(
+        "--batch_size",
+        type=flags.whole(1, 10**5),
+        default=64,
+        metavar="N",
+        help="images at a time on a GPU; a CPU makes one at a time [%(default)s]",
+    )
+    run("--device", type=flags.device, default="auto", help="auto, cpu, cuda, cuda:N [%(default)s]")
+    args = parser.parse_args(argv)
+    if "{class}" not in args.prompt:
+        parser.error("--prompt says nowhere {class}")
+    if args.model is None:
+        args.model = MODELS[args.pipeline]
+    return args
+
+
+def main(args: Namespace) -> None:
+    rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    device, dtype = pick_device_and_dtype(args)
+    categories, identity = load_categories(args)
+    plan, images = Plan(categories, args), args.output / "images"
+    if args.overwrite:
+        if world_size > 1:
+            raise UserError(f"--overwrite is for one process: delete {args.output} yourself")
+        discard(args.output)
+    claim(args, identity, tag=f".{rank}")
+
+    # The last bits of a network's output depend on the size of its batch. So a batch is made whole,
+    # wherever an earlier job was stopped; and on the CPU, which gains little by batches, alone.
+    size = 1 if device.type == "cpu" else args.batch_size
+    batches = [range(i, min(i + size, len(plan))) for i in range(0, len(plan), size)]
+    done = existing(images)
+    todo = [b for b in batches[rank::world_size] if not done.issuperset(map(plan.file, b))]
+    with stopping(args):
+        if todo:
+            pipeline = local if args.pipeline == "local" else from_hub
+            make(plan, todo, pipeline(plan, device, dtype), rank)
+        if existing(images).issuperset(map(plan.file, range(len(plan)))):  # the last one to be done
+            finish(plan, tag=f".{rank}")
+
+
+def pick_device_and_dtype(args: Namespace) -> tuple[torch.device, torch.dtype]:
+    """What --device and --dtype say; under torchrun, each process has a GPU of its own."""
+    name = args.device
+    if name in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device, amp = pick_device(name, "auto")
+    dtype = DTYPES.get(args.dtype, amp or torch.float32)
+    if dtype == torch.float16 and device.type == "cpu":
+        raise UserError("--dtype fp16 needs a GPU: a CPU has float32 and bf16")
+    return device, dtype
+
+
+def load_categories(args: Namespace) -> tuple[list[Category], dict]:
+    """The classes, and checksums of what one set has to be made from: them, and a local model."""
+    if args.pipeline == "local":
+        if not Path(args.model).is_file():
+            raise UserError(
+                f"no model at {args.model}: synthetic_data/train_diffusion.py makes one"
+            )
+        categories = named(diffusion.load_unet(args.model)[1])
+        model = hashlib.sha256(Path(args.model).read_bytes()).hexdigest()
+        if args.classes:
+            names = [category.name for category in categories]
+            if [category.name for category in load_classes(args.classes)] != names:
+                raise UserError(f"{args.model} knows other classes: {', '.join(names)}")
+    else:
+        categories, model = load_classes(args.classes or "cifar10"), None
+    for category in categories:
+        if args.pipeline == "dit" and not category.imagenet:
+            raise UserError(
+                f"class {category.name} has no ImageNet number, and DiT knows nothing else: see "
+                "synthetic_data/README.md"
+            )
+    classes = hashlib.sha256(repr(categories).encode()).hexdigest()
+    return categories, {"model_sha256": model, "classes_sha256": classes}
+
+
+@contextmanager
+def stopping(args: Namespace) -> Iterator[None]:
+    """In this block, SIGINT and SIGTERM end the script with a line that says how to go on."""
+
+    def stop(number: int, frame: object) -> None:
+        count = len(existing(args.output / "images"))
+        same = "the same command" + ", without --overwrite," * args.overwrite
+        raise Stopped(number, f"stopped: {count:,} images are in {args.output}; {same} goes on")
+
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def make(plan: Plan, batches: list[range], draw: Draw, rank: int) -> None:
+    """Make the images of `batches`. Errors: UserError."""
+    args = plan.args
+    partial = args.output / f".partial-{rank}"
+    interval = 0.5 if sys.stderr.isatty() else 60.0  # seconds: a log file has no use for more
+    total = sum(map(len, batches))
+    with tqdm(total=total, unit="img", mininterval=interval, disable=rank > 0) as bar:
+        for batch in batches:
+            try:
+                pictures = draw(batch)
+            except torch.OutOfMemoryError as error:
+                less = f"--batch_size {args.batch_size // 2}"
+                raise UserError(
+                    f"out of GPU memory at --batch_size {args.batch_size}: try "
+                    f"{less if args.batch_size > 1 else '--dtype bf16, or a larger GPU'}; the "
+                    "images that are made stay"
+                ) from error
+            for n, pixels in zip(batch, to_pixels(pictures, args.image_size), strict=True):
+                write_image(args.output / "images" / plan.file(n), pixels, partial)
+            bar.update(len(batch))
+
+
+def to_pixels(pictures: Tensor, size: int) -> np.ndarray:
+    """float (B, 3, H, W), 0 to 1 -> uint8 (B, size, size, 3). Errors: UserError."""
+    pictures = pictures.float()
+    if not pictures.isfinite().all():
+        raise UserError("the model makes values that are not finite: try --dtype float32")
+    if pictures.shape[2:] != (size, size):
+        pictures = F.interpolate(pictures, (size, size), mode="bilinear", antialias=True)
+    return (255 * pictures.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------- the pipelines
+
+
+def from_hub(plan: Plan, device: torch.device, dtype: torch.dtype) -> Draw:
+    """Stable Diffusion or DiT, from diffusers' hub or a folder. Errors: UserError.
+
+    The filter of Stable Diffusion is left out: it now and then paints a harmless picture black. DiT
+    is sampled by DDIM, not by DDPM as in the paper: for DDPM, diffusers' pipeline draws the noise
+    of the whole batch at once, and an image would depend on the others in its batch.
+    """
+    diffusers, model = diffusion.import_diffusers(), plan.args.model
+    name, options = "DiTPipeline", {}
+    if plan.args.pipeline == "stable-diffusion":
+        name = "StableDiffusionPipeline"
+        options = {"safety_checker": None, "requires_safety_checker": False}
+    try:
+        pipeline = getattr(diffusers, name).from_pretrained(model, dtype=dtype, **options)
+    except Exception as error:  # diffusers and what is below it raise nearly anything
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"{model} cannot be loaded as a {name}: {reason}") from error
+    pipeline.to(device).set_progress_bar_config(disable=True)
+    if plan.args.pipeline == "dit":
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+
+    def draw(numbers: range) -> Tensor:
+        return pipeline(
+            [plan.asked(n) for n in numbers],  # prompts, or numbers of classes
+            guidance_scale=plan.args.guidance_scale,
+            num_inference_steps=plan.args.steps,
+            generator=plan.generators(numbers),
+            output_type="pt",
+        ).images
+
+    return draw
+
+
+def local(plan: Plan, device: torch.device, dtype: torch.dtype) -> Draw:
+    """The model of train_diffusion.py."""
+    unet = diffusion.load_unet(plan.args.model)[0].to(device)
+
+    def draw(numbers: range) -> Tensor:
+        labels = torch.tensor([plan.asked(n) for n in numbers], device=device)
+        noise = [torch.randn(3, 32, 32, generator=g) for g in plan.generators(numbers)]
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return diffusion.sample(
+                unet,
+                labels,
+                torch.stack(noise).to(device),  # (B, 3, 32, 32)
+                plan.args.guidance_scale,
+                plan.args.steps,
+            )
+
+    return draw
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_args())

@@ -1,0 +1,189 @@
+"""What a set of synthetic images is like, beside CIFAR-10: fidelity, colours, copies.
+
+    python synthetic_data/measure.py images/own/images --output images/own/measures
+    python synthetic_data/measure.py synthetic_data/cifake_train_fake --output runs/cifake_measures
+
+The first folder is what a student would be trained on. OUTPUT gets
+
+    measures.json    teacher_accuracy: percent of the images that the teacher takes for the class
+                     they were made for; confidence: its highest probability, the mean in percent;
+                     mean and std of red, green and blue, of 255; pixels, features and fid: below
+    nearest.png      24 images, each followed by the training image that is nearest to it in pixels,
+                     and by the one that is nearest in the teacher's features
+
+A generator that copies lies nearer to its training images than other real images do. `pixels` is
+the median distance of the images to the nearest training image or its mirror image (root mean
+square, of 255), `features` the same for the teacher's features at length one (the distance d goes
+with a cosine of 1 - d^2 / 2); both are also given for as many real test images.
+
+The FID against the training images is that of the optional torch-fidelity, which downloads the
+weights of its network; where one of them is missing, it is null. It depends on the number of
+images: 50,000 are the custom.
+"""
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.utils.data import Dataset  # noqa: E402
+from torchvision.utils import save_image  # noqa: E402
+
+import flags  # noqa: E402
+from data import TEST_BATCH_SIZE, DeviceLoader, ImageSet, load_cifake, load_cifar10  # noqa: E402
+from engine import predict  # noqa: E402
+from experiment import one_line_errors, pick_device, replacing  # noqa: E402
+from models import load_model  # noqa: E402
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    parser = flags.Parser(__doc__)
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="a folder with CIFAKE's names")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for the results")
+    parser.add_argument(
+        "--data_dir", type=Path, default=Path("data"), metavar="DIR", help="CIFAR-10 [%(default)s]"
+    )
+    parser.add_argument(
+        "--teacher_weights",
+        type=Path,
+        default=Path("teacher_cifar10_finetuned.pth"),
+        metavar="FILE",
+        help="an expert on real CIFAR-10 [%(default)s]",
+    )
+    parser.add_argument(
+        "--neighbours",
+        type=flags.whole(24, 10**5),
+        default=1000,
+        metavar="N",
+        help="search the nearest training images of N images [%(default)s]",
+    )
+    parser.add_argument("--device", type=flags.device, default="auto", help="[%(default)s]")
+    return parser.parse_args(argv)
+
+
+def main(args: Namespace) -> None:
+    device = pick_device(args.device, "off")[0]
+    teacher = load_model(args.teacher_weights, num_classes=10).to(device)
+    made = load_cifake(args.images)
+    train_set, test_set = (load_cifar10(args.data_dir, train=train) for train in (True, False))
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    logits = predict(teacher, DeviceLoader(made, TEST_BATCH_SIZE, device, train=False)).cpu()
+    measures = {
+        "images": str(args.images),
+        "count": len(made),
+        "teacher": str(args.teacher_weights),
+        "teacher_accuracy": 100 * (logits.argmax(1) == made.labels).float().mean().item(),
+        "confidence": 100 * logits.softmax(1).amax(1).mean().item(),
+        **colours(made),
+        **{f"{key}_of_cifar10": value for key, value in colours(train_set).items()},
+    }
+    samples, real = made.first(args.neighbours), test_set.first(args.neighbours)
+    found = {}
+    for name, view in (
+        ("pixels", partial(as_pixels, device=device)),
+        ("features", partial(as_features, teacher=teacher, device=device)),
+    ):
+        bank = view(train_set)
+        distance, found[name] = nearest(view, samples, bank)
+        measures[name] = distance.median().item()
+        measures[f"{name}_of_test_images"] = nearest(view, real, bank)[0].median().item()
+    measures["fid"] = frechet_inception_distance(made, train_set, device)
+
+    columns = [
+        samples.images,
+        train_set.images[found["pixels"]],
+        train_set.images[found["features"]],
+    ]
+    rows = torch.stack([column[:: len(samples) // 24][:24] for column in columns], dim=1)
+    with replacing(args.output / "nearest.png") as file:  # (24, 3, 3, 32, 32), four a row
+        save_image(rows.flatten(0, 1) / 255, file, nrow=12, format="png")
+    with replacing(args.output / "measures.json") as file:
+        file.write((json.dumps(measures, indent=2) + "\n").encode())
+    print(json.dumps(measures, indent=2))
+
+
+def colours(data: ImageSet) -> dict[str, list[float]]:
+    """Mean and standard deviation of red, green and blue, of 255."""
+    pixels = data.images.double().transpose(0, 1).flatten(1)  # (3, N * 32 * 32)
+    return {"mean": pixels.mean(1).tolist(), "std": pixels.std(1).tolist()}
+
+
+def as_pixels(data: ImageSet, device: torch.device) -> Tensor:
+    """float32 (N, 3072), scaled so that distances are root mean squares, of 255."""
+    pixels = data.images.flatten(1).to(device).float()
+    return pixels / pixels.shape[1] ** 0.5
+
+
+def as_features(data: ImageSet, teacher: nn.Module, device: torch.device) -> Tensor:
+    """float32 (N, 512): what the teacher's last layer sees, at length one."""
+    body = nn.Sequential(*list(teacher.children())[:-1], nn.Flatten())
+    loader = DeviceLoader(data, TEST_BATCH_SIZE, device, train=False)
+    return F.normalize(predict(body, loader), dim=1)
+
+
+def nearest(
+    view: Callable[[ImageSet], Tensor], queries: ImageSet, bank: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The distance of each query, or of its mirror image, to the nearest row of `bank` (N, D).
+
+    `view` makes rows of images; mirrored too, as the generator has seen both. Returns float32 (Q,)
+    and int64 (Q,), on the CPU.
+    """
+    mirrored = replace(queries, images=queries.images.flip(3))
+    found = []
+    for data in (queries, mirrored):
+        parts = [torch.cdist(part, bank).min(1) for part in view(data).split(100)]
+        found.append([torch.cat([getattr(p, key) for p in parts]) for key in ("values", "indices")])
+    (one, one_index), (two, two_index) = found
+    return torch.minimum(one, two).cpu(), torch.where(one <= two, one_index, two_index).cpu()
+
+
+def frechet_inception_distance(
+    made: ImageSet, train_set: ImageSet, device: torch.device
+) -> float | None:
+    """The FID by torch-fidelity; None, and a line that says why, where it cannot be had."""
+    try:
+        import torch_fidelity
+
+        metrics = torch_fidelity.calculate_metrics(
+            input1=Images(made.images),
+            input2=Images(train_set.images),
+            cuda=device.type == "cuda",
+            fid=True,
+            verbose=False,
+        )
+    except ImportError:
+        print("FID: not available, for want of torch-fidelity: `pip install torch-fidelity`")
+        return None
+    except OSError as error:  # URLError is one
+        print(f"FID: not available, as the weights of its network are not: {error}")
+        return None
+    return metrics["frechet_inception_distance"]
+
+
+class Images(Dataset):
+    """uint8 (N, 3, H, W) as the kind of data set that torch-fidelity takes."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_args())

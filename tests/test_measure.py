@@ -1,0 +1,66 @@
+"""synthetic_data/measure.py, on made data."""
+
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from test_bad_input import fails
+
+from data import CLASSES, load_cifar10
+from experiment import save
+from models import build_model, to_checkpoint
+from synthetic_data import measure
+
+
+@pytest.fixture
+def argv(workdir, cifake, cifar10_binary) -> list[str]:
+    torch.manual_seed(0)
+    save(Path("teacher.pth"), to_checkpoint(build_model(stem="imagenet"), CLASSES))
+    flags = f"{cifake} --output out --teacher_weights teacher.pth --data_dir {cifar10_binary}"
+    return [*flags.split(), "--device", "cpu"]
+
+
+def test_what_is_measured(argv, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    measure.main(measure.parse_args(argv))
+    measures = json.loads(Path("out/measures.json").read_text())
+    assert measures["count"] == 40
+    assert 0 <= measures["teacher_accuracy"] <= 100
+    assert 10 <= measures["confidence"] <= 100
+    for key in ("mean", "std", "mean_of_cifar10", "std_of_cifar10"):
+        assert len(measures[key]) == 3
+    assert measures["mean_of_cifar10"][0] == pytest.approx(127.5, abs=2)
+    assert measures["pixels_of_test_images"] == pytest.approx(2**0.5 * 73.9, abs=5)  # all is noise
+    assert measures["fid"] is None
+    assert "FID: not available, for want of torch-fidelity" in capsys.readouterr().out
+    assert Path("out/nearest.png").exists()
+
+
+@pytest.mark.parametrize("kind", ["pixels", "features"])
+def test_a_copy_is_found(kind, argv, cifar10_binary):
+    real = load_cifar10(cifar10_binary, train=True)
+    copies = replace(real.first(30), images=real.images[:30].clone())
+    copies.images[::2] = copies.images[::2].flip(3)  # every other is mirrored
+    view = partial(measure.as_pixels, device=torch.device("cpu"))
+    if kind == "features":
+        teacher = build_model(stem="imagenet").eval()
+        view = partial(measure.as_features, teacher=teacher, device=torch.device("cpu"))
+    distance, index = measure.nearest(view, copies, view(real))
+    assert distance.max() < 0.1
+    assert index.tolist() == list(range(30))
+
+
+def test_bad_input(argv, capsys):
+    for more, code, expected in (
+        (["--neighbours", "3"], 2, "--neighbours: '3' is no whole number from 24"),
+        (["--teacher_weights", "nothing"], 1, "there is no weight file nothing"),
+        (["--data_dir", "teacher.pth/x"], 1, "CIFAR-10"),
+    ):
+        found, text = fails(measure, [*argv, *more], capsys)
+        assert found == code
+        assert expected in text
+    assert "there are no synthetic images in out" in fails(measure, ["out", *argv[1:]], capsys)[1]

@@ -1,0 +1,169 @@
+"""synthetic_data/train_diffusion.py from end to end, on the demo set and on made data."""
+
+import csv
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from conftest import TINY
+from test_bad_input import fails
+from test_scripts import assert_equal_weights, metrics, without_times
+
+from data import CLASSES, load_cifake, load_demo
+from experiment import load
+from synthetic_data import diffusion, generate, train_diffusion
+
+SMALL = [*TINY, *"--limit 32 --batch_size 16 --channels 8".split()]
+
+
+@pytest.fixture(autouse=True)
+def quick_sheet(monkeypatch):
+    monkeypatch.setitem(train_diffusion.SHEET, "steps", 1)
+
+
+def train(*argv: str | Path) -> None:
+    train_diffusion.main(train_diffusion.parse_args([*SMALL, *map(str, argv)]))
+
+
+def test_a_run(workdir, capsys):
+    train("--run_dir", "run", "--output", "model.pth")
+    names = {path.name for path in Path("run").iterdir()}
+    assert names == {".lock", "config.json", "metrics.csv", "last.pt", "samples.png"}
+    rows = metrics(Path("run"))
+    columns = "epoch lr train_loss test_loss seconds images_per_second".split()
+    assert [list(row) for row in rows] == [columns] * 2
+    unet, classes = diffusion.load_unet("model.pth")
+    assert tuple(classes) == load_demo("test").classes
+    assert unet.spec == {"num_classes": 10, "channels": 8, "layers": 1}
+    checkpoint = load("model.pth")  # nothing but tensors and plain types
+    assert checkpoint["provenance"]["run"] == "run"
+    assert "model.pth" in capsys.readouterr().out
+
+    train("--run_dir", "again", "--output", "model.pth")
+    assert without_times(metrics(Path("again"))) == without_times(rows)
+    assert_equal_weights(Path("model.pth"), Path("model.001.pth"))
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(workdir, monkeypatch):
+    train("--run_dir", "whole", "--output", "whole.pth", "--epochs", 3)
+    loss, calls = train_diffusion.fixed_loss, []
+
+    def dying(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return loss(*args)
+
+    monkeypatch.setattr(train_diffusion, "fixed_loss", dying)
+    with pytest.raises(KeyboardInterrupt):
+        train("--run_dir", "run", "--output", "model.pth", "--epochs", 3)
+    assert len(metrics(Path("run"))) == 1
+    train_diffusion.main(train_diffusion.parse_args(["--resume", "run"]))
+    assert_equal_weights(Path("whole.pth"), Path("model.pth"))
+    assert without_times(metrics(Path("run"))) == without_times(metrics(Path("whole")))
+
+
+def test_from_cifar10_to_images(workdir, cifar10_binary):
+    flags = "--limit 64 --batch_size 32 --epochs 1 --channels 8 --layers 1 --device cpu"
+    argv = [*flags.split(), "--data_dir", str(cifar10_binary)]
+    train_diffusion.main(train_diffusion.parse_args(argv))
+    argv = "--pipeline local --per_class 1 --steps 1 --output set --device cpu".split()
+    generate.main(generate.parse_args(argv))
+    assert load_cifake("set/images").labels.sort().values.tolist() == list(range(10))
+    with open("set/manifest.csv", newline="") as file:
+        assert [row["class"] for row in csv.DictReader(file)] == list(CLASSES)
+
+
+def test_the_default_is_the_network_of_ddpm():
+    with torch.device("meta"):
+        unet = diffusion.build_unet(10)
+    assert sum(weight.numel() for weight in unet.parameters()) == 35_751_939
+
+
+def test_it_learns_what_its_classes_look_like():
+    """Two classes, dark and bright: after some steps, samples of one are brighter."""
+    torch.manual_seed(0)
+    unet = diffusion.build_unet(2, channels=8, layers=1)
+    schedule = diffusion.build_schedule()
+    optimizer = torch.optim.Adam(unet.parameters(), lr=1e-2)
+    labels = torch.arange(8) % 2
+    images = (labels - 0.5).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)  # -0.5 or 0.5
+    for _ in range(50):
+        optimizer.zero_grad()
+        diffusion.diffusion_loss(unet, schedule, images, labels, 0.1).backward()
+        optimizer.step()
+    noise = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    samples = diffusion.sample(unet.eval(), torch.arange(4) % 2, noise, 2.0, 5)
+    dark, bright = samples[0::2], samples[1::2]
+    assert bright.mean() - dark.mean() > 0.05
+
+
+def test_the_loss():
+    """The error of a network that is always right is zero; labels are dropped as told."""
+    images, labels = torch.rand(64, 3, 32, 32) * 2 - 1, torch.arange(64) % 10
+    schedule, seen = diffusion.build_schedule(), []
+
+    class Net(torch.nn.Module):
+        spec = {"num_classes": 10}  # noqa: RUF012
+
+        def forward(self, noisy, t, class_labels):
+            seen.append(class_labels)
+            a = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+            noise = (noisy - a.sqrt() * images) / (1 - a).sqrt()
+            v = a.sqrt() * noise - (1 - a).sqrt() * images
+            return diffusers.models.unets.unet_2d.UNet2DOutput(v)
+
+    for dropout, share in ((0.0, 0.0), (0.5, 0.5), (1.0, 1.0)):
+        assert diffusion.diffusion_loss(Net(), schedule, images, labels, dropout) < 1e-4
+        kept = seen[-1] != 10
+        assert torch.equal(seen[-1][kept], labels[kept])
+        assert abs((~kept).float().mean() - share) < 0.25
+
+
+def test_batches_are_mirrored_and_in_a_new_order():
+    images = torch.zeros(40, 3, 32, 32, dtype=torch.uint8)
+    images[:, :, :, 0] = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1) + 1
+    labels = torch.arange(40)
+    torch.manual_seed(0)
+    batches = list(train_diffusion.mirrored_batches(images, labels, 16))
+    assert [len(x) for x, _ in batches] == [16, 16]
+    order = torch.cat([y for _, y in batches])
+    assert len(order.unique()) == 32
+    assert order.tolist() != sorted(order.tolist())
+    batch = torch.cat([x for x, _ in batches])
+    left, right = batch[:, 0, 0, 0], batch[:, 0, 0, -1]
+    mirrored = right > -1
+    assert 8 < mirrored.sum() < 24
+    column = torch.where(mirrored, right, left)
+    torch.testing.assert_close((column + 1) * 127.5, order.float() + 1)
+
+
+BAD = [
+    (["--channels", "12"], 2, "--channels 12 is no multiple of 8"),
+    (["--channels", "4"], 2, "--channels: '4' is no whole number from 8"),
+    (["--label_dropout", "2"], 2, "--label_dropout: '2' is no number from 0 to 1"),
+    (["--batch_size", "33"], 1, "--batch_size 33 is more than the 32 images"),
+    (["--ema", "1"], 2, "--ema: '1' is no number from 0"),
+    (["--resume", "nothing"], 1, "nothing is not a run: it has no config.json"),
+    (["--lr", "1000"], 1, "its loss is not finite; lower --lr"),
+]
+
+
+@pytest.mark.parametrize(("argv", "code", "expected"), BAD)
+def test_bad_input(argv, code, expected, workdir, capsys):
+    found, text = fails(train_diffusion, [*SMALL, *argv], capsys)
+    assert found == code
+    assert expected in text
+    assert not list(workdir.glob("**/*.pth"))
+
+
+def test_flags_of_another_run(workdir, capsys):
+    train("--run_dir", "run", "--epochs", 1)
+    argv = ["--resume", "run", "--channels", "16"]
+    text = fails(train_diffusion, argv, capsys)[1]
+    assert "run was started with --channels 8: --resume cannot change it" in text
+    Path("run/last.pt").write_bytes(b"broken")
+    assert (
+        "run/last.pt is not a weight file" in fails(train_diffusion, ["--resume", "run"], capsys)[1]
+    )
