@@ -232,6 +232,8 @@ def load_train_set(args: Namespace, classes: tuple[str, ...]) -> ImageSet:
     if args.train_on == "real":
         return REAL_SETS[args.dataset](args.data_dir, train=True).first(args.limit)
     if args.dataset != "cifar10":
+        if args.download_synthetic or args.skip_bad_images:
+            raise UserError("--download_synthetic and --skip_bad_images are for CIFAKE alone")
         return load_class_folders(args.synthetic_data_dir, classes, args.limit)
     if args.download_synthetic:
         download_cifake(args.synthetic_data_dir)

@@ -241,6 +241,8 @@ def test_cifar100_from_class_folders(workdir, cifar100):
     for source in ("synthetic", "real", "noise"):
         more = ["--train_on", source, "--synthetic_data_dir", str(folder)]
         student_script.main(student_script.parse_args([*student, *more, "--limit", "100"]))
+    with pytest.raises(UserError, match="are for CIFAKE alone"):
+        student_script.main(student_script.parse_args([*student, "--skip_bad_images"]))
     network = load_model("student.pth", classes=[f"kind_{i:02d}" for i in range(100)])
     assert network.spec["num_classes"] == 100
 
