@@ -38,6 +38,17 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
     return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
 
 
+def standardize(logits: Tensor) -> Tensor:
+    """Each row of (B, classes) at mean 0 and standard deviation 1, in float32.
+
+    Then a student has to match the order and the proportions of its teacher's logits, whatever
+    their size (Sun et al. 2024, arXiv 2403.01427).
+    """
+    logits = logits.float()
+    centred = logits - logits.mean(1, keepdim=True)
+    return centred / (centred.square().mean(1, keepdim=True).sqrt() + 1e-7)
+
+
 def label_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy, a scalar, and the hits, (B,) bool: learning without a teacher.
 

@@ -42,6 +42,7 @@ from engine import (
     kd_loss,
     label_loss,
     per_class_accuracy,
+    standardize,
     train_one_epoch,
 )
 from experiment import Progress, Run, UserError, one_line_errors, pick_device, seed_everything
@@ -125,6 +126,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         help="the stem that the teacher has to have [the same as --stem]",
     )
     flags.add_temperature_flag(distillation.add_argument)
+    distillation.add_argument(
+        "--standardize_logits",
+        action="store_true",
+        help="bring the logits of both to the same mean and deviation first",
+    )
     controls = parser.add_argument_group("controls")
     controls.add_argument(
         "--train_on",
@@ -172,6 +178,11 @@ def main(args: Namespace) -> None:
         with torch.inference_mode():
             teacher_logits = teacher(images)
         student_logits = distributed(images)
+        if args.standardize_logits:
+            student_logits, teacher_logits = (
+                standardize(student_logits),
+                standardize(teacher_logits),
+            )
         loss = kd_loss(student_logits, teacher_logits, args.temperature)
         return loss, student_logits.argmax(1) == teacher_logits.argmax(1)
 

@@ -30,6 +30,7 @@ for seed in ${*:-0}; do
     student strong_cutmix --augment strong --mix cutmix
     student strong_mixup --augment strong --mix mixup
     student nesterov_ema --nesterov --ema 0.999
+    student standardize --standardize_logits --temperature 2
     student batch_512 --batch_size 512 --lr 0.2
     for t in 1 4 20; do
         student "temperature_$t" --temperature "$t"

@@ -18,6 +18,7 @@ from engine import (
     kd_loss,
     lr_factor,
     per_class_accuracy,
+    standardize,
     train_one_epoch,
 )
 from models import build_model
@@ -41,6 +42,13 @@ def rates(scheduler, steps: int) -> list[float]:
 
 
 # ------------------------------------------------------------------------------------------- loss
+
+
+def test_standardized_logits_are_those_of_the_paper():
+    logits = 5 * torch.randn(4, 10) + 3
+    rows = [[(x - row.mean()) / row.std(correction=0) for x in row] for row in logits]
+    assert torch.allclose(standardize(logits), torch.tensor(rows), atol=1e-5)
+    assert torch.equal(standardize(torch.ones(1, 10)), torch.zeros(1, 10))  # and not nan
 
 
 def test_kd_loss_is_the_formula_worked_out_by_hand():

@@ -181,6 +181,7 @@ def test_an_untrained_teacher_is_a_control(workdir):
     [
         "--mix cutmix --augment strong --ema 0.9 --scheduler cosine --holdout 30",
         "--hard_labels --mix mixup",
+        "--standardize_logits --temperature 2",
     ],
 )
 def test_levers_and_controls_run_and_resume_bit_for_bit(flags, workdir, demo_teacher, monkeypatch):
