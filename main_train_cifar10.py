@@ -179,10 +179,7 @@ def main(args: Namespace) -> None:
             teacher_logits = teacher(images)
         student_logits = distributed(images)
         if args.standardize_logits:
-            student_logits, teacher_logits = (
-                standardize(student_logits),
-                standardize(teacher_logits),
-            )
+            student_logits, teacher_logits = map(standardize, (student_logits, teacher_logits))
         loss = kd_loss(student_logits, teacher_logits, args.temperature)
         return loss, student_logits.argmax(1) == teacher_logits.argmax(1)
 
