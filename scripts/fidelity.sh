@@ -22,7 +22,7 @@ if [ "${1:-}" = toy ]; then
     beginner=$expert
     student="--epochs 2 --limit 100 --batch_size 20 --stem imagenet --device cpu"
     updates=4 batch=20
-    measure="--neighbours 24 --device cpu"
+    measure="--limit 100 --neighbours 24 --device cpu"
 else
     top=runs/fidelity results=results/fidelity
     guidance=${GUIDANCE:-1 1.5 2 3 4 6} steps=${STEPS:-10 50 100} seeds=${SEEDS:-0 1 2}

@@ -76,11 +76,12 @@ def write_table(path: Path, groups: list[tuple[dict, float, float]]) -> None:
             "| teacher | student | n |\n|---|---|---|---|---|---|---|---|---|\n"
         )
         for row, mean, spread in groups:
+            accuracy = f"{mean:.2f} ± {spread:.2f}" if row["n"] > 1 else f"{mean:.2f}"
             fid = "" if row["fid"] is None else f"{row['fid']:.2f}"
             file.write(
                 f"| {row['images']} | {row['guidance'] or ''} | {row['steps'] or ''} "
                 f"| {row['teacher_accuracy']:.2f} | {row['confidence']:.2f} | {fid} "
-                f"| {row['teacher']} | {mean:.2f} ± {spread:.2f} | {row['n']} |\n"
+                f"| {row['teacher']} | {accuracy} | {row['n']} |\n"
             )
 
 

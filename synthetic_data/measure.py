@@ -60,6 +60,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         help="an expert on real CIFAR-10 [%(default)s]",
     )
     parser.add_argument(
+        "--limit",
+        type=flags.whole(24, 10**9),
+        metavar="N",
+        help="take only the first N images of each set, for a quick try [all]",
+    )
+    parser.add_argument(
         "--neighbours",
         type=flags.whole(24, 10**5),
         default=1000,
@@ -73,8 +79,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 def main(args: Namespace) -> None:
     device = pick_device(args.device, "off")[0]
     teacher = load_model(args.teacher_weights, num_classes=10).to(device)
-    made = load_cifake(args.images)
-    train_set, test_set = (load_cifar10(args.data_dir, train=train) for train in (True, False))
+    made = load_cifake(args.images, args.limit)
+    train_set, test_set = (
+        load_cifar10(args.data_dir, train=train).first(args.limit) for train in (True, False)
+    )
     args.output.mkdir(parents=True, exist_ok=True)
 
     logits = predict(teacher, DeviceLoader(made, TEST_BATCH_SIZE, device, train=False)).cpu()
@@ -104,8 +112,9 @@ def main(args: Namespace) -> None:
         train_set.images[found["pixels"]],
         train_set.images[found["features"]],
     ]
-    rows = torch.stack([column[:: len(samples) // 24][:24] for column in columns], dim=1)
-    with replacing(args.output / "nearest.png") as file:  # (24, 3, 3, 32, 32), four a row
+    apart = slice(None, None, -(-len(samples) // 24))
+    rows = torch.stack([column[apart] for column in columns], dim=1)  # (24, 3, 3, 32, 32)
+    with replacing(args.output / "nearest.png") as file:
         save_image(rows.flatten(0, 1) / 255, file, nrow=12, format="png")
     with replacing(args.output / "measures.json") as file:
         file.write((json.dumps(measures, indent=2) + "\n").encode())
@@ -114,8 +123,13 @@ def main(args: Namespace) -> None:
 
 def colours(data: ImageSet) -> dict[str, list[float]]:
     """Mean and standard deviation of red, green and blue, of 255."""
-    pixels = data.images.double().transpose(0, 1).flatten(1)  # (3, N * 32 * 32)
-    return {"mean": pixels.mean(1).tolist(), "std": pixels.std(1).tolist()}
+    count = len(data) * data.images[0, 0].numel()
+    sums, squares = torch.zeros(2, 3, dtype=torch.float64)
+    for part in data.images.split(10_000):  # half a million images as float64 are 12 GB
+        sums += part.double().sum((0, 2, 3))
+        squares += part.double().square().sum((0, 2, 3))
+    mean = sums / count
+    return {"mean": mean.tolist(), "std": (squares / count - mean**2).sqrt().tolist()}
 
 
 def as_pixels(data: ImageSet, device: torch.device) -> Tensor:
