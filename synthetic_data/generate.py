@@ -19,7 +19,6 @@ Not yet run on a GPU, nor with the weights of Stable Diffusion and DiT.
 """
 
 import hashlib
-import os
 import signal
 import sys
 from argparse import Namespace
@@ -37,6 +36,7 @@ from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import flags  # noqa: E402
+import parallel  # noqa: E402
 from experiment import (  # noqa: E402
     STOP_SIGNALS,
     Stopped,
@@ -146,7 +146,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def main(args: Namespace) -> None:
-    rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, world_size = parallel.rank(), parallel.world_size()
     device, dtype = pick_device_and_dtype(args)
     categories, identity = load_categories(args)
     plan, images = Plan(categories, args), args.output / "images"
@@ -172,10 +172,7 @@ def main(args: Namespace) -> None:
 
 def pick_device_and_dtype(args: Namespace) -> tuple[torch.device, torch.dtype]:
     """What --device and --dtype say; under torchrun, each process has a GPU of its own."""
-    name = args.device
-    if name in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device, amp = pick_device(name, "auto")
+    device, amp = pick_device(args.device, "auto")
     dtype = DTYPES.get(args.dtype, amp or torch.float32)
     if dtype == torch.float16 and device.type == "cpu":
         raise UserError("--dtype fp16 needs a GPU: a CPU has float32 and bf16")

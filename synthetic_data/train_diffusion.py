@@ -31,7 +31,8 @@ from torch.optim.lr_scheduler import LambdaLR  # noqa: E402
 from torchvision.utils import save_image  # noqa: E402
 
 import flags  # noqa: E402
-from data import ImageSet, load_cifar10, load_demo  # noqa: E402
+import parallel  # noqa: E402
+from data import REAL_SETS, ImageSet, load_demo  # noqa: E402
 from engine import TrainStep, WeightAverage, build_optimizer, build_scheduler  # noqa: E402
 from experiment import (  # noqa: E402
     Progress,
@@ -97,11 +98,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def main(args: Namespace) -> None:
+    if parallel.world_size() > 1:
+        raise UserError("one process trains the generator: start it with python")
     device, amp = pick_device(args.device, args.amp)
 
     # data
+    load_real = REAL_SETS[args.dataset]
     train_set, test_set = (
-        (load_demo(part) if args.demo else load_cifar10(args.data_dir, part == "train"))
+        (load_demo(part) if args.demo else load_real(args.data_dir, part == "train"))
         for part in ("train", "test")
     )
     train_set, test_set = train_set.first(args.limit), test_set.first(args.limit)
