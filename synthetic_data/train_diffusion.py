@@ -9,9 +9,9 @@ diffusion_cifar10.pth when the last epoch is done: the moving average of its wei
 generator has then seen real images of the domain, and the student still has not.
 
 The run has a folder, runs/diffusion-001: config.json, metrics.csv, last.pt, and at the end
-samples.png, a row a class. `--demo` learns the drawn pictures of demo_images.py, in
-about a minute on two CPU cores. Not yet run on a GPU: whether 100 epochs take less than 20 minutes
-on an H200, as they are meant to, is not known.
+samples.png, a row a class. `--demo` spends about a minute of one CPU core on the drawn pictures of
+demo_images.py: enough to see that it works, not to see a shape. Not yet run on a GPU: whether 100
+epochs take less than 20 minutes of an H200, as they are meant to, is not known.
 """
 
 import math
@@ -51,7 +51,7 @@ from synthetic_data import diffusion  # noqa: E402
 # The recipe, and the demo's.
 RECIPE = dict(epochs=100, lr=5e-4, optimizer="adam", weight_decay=0.0, scheduler="onecycle")
 DEMO = dict(
-    epochs=4,
+    epochs=2,
     batch_size=32,
     lr=2e-3,
     channels=16,
