@@ -10,6 +10,7 @@
 # skipped, what was stopped goes on. Not yet run at full size.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements-generate.txt
+source "$(dirname "$0")/once.sh"
 
 data=${DATA_DIR:-data} cifake=${CIFAKE:-synthetic_data/cifake_train_fake}
 if [ "${1:-}" = toy ]; then
@@ -30,24 +31,14 @@ else
     per_class=5000 larger=50000 larger_steps=50
     generator="--epochs 100"
     sampler="--batch_size 1000"
-    expert="--init random --optimizer sgd --nesterov --lr 0.1 --weight_decay 5e-4 --scheduler onecycle --epochs 50"
-    beginner="--init random --optimizer sgd --nesterov --lr 0.1 --weight_decay 5e-4 --scheduler onecycle --epochs 2"
+    sgd="--optimizer sgd --nesterov --lr 0.1 --weight_decay 5e-4 --scheduler onecycle"
+    expert="--init random $sgd --epochs 50"
+    beginner="--init random $sgd --epochs 2"
     student="--epochs 50"
     updates=19500 batch=128
     measure=""
 fi
 
-once() { # once NAME SCRIPT FLAGS...: a run that is skipped, resumed or started
-    local run=$top/$1 script=$2
-    shift 2
-    if [ -e "$run.pth" ]; then
-        echo "== $run: finished before"
-    elif [ -e "$run/config.json" ]; then
-        python "$script" --resume "$run"
-    else
-        python "$script" --run_dir "$run" --output "$run.pth" "$@"
-    fi
-}
 images() { # images NAME FLAGS...: a set of the generator, and what it is like
     python synthetic_data/generate.py --pipeline local --model $top/generator.pth $sampler \
         --output "$top/images/$1" "${@:2}"
@@ -59,15 +50,15 @@ measures() { # measures NAME FOLDER
 }
 students() { # students NAME FOLDER TEACHER: one a seed
     for seed in $seeds; do
-        once "students/$1/$3-$seed" main_train_cifar10.py --synthetic_data_dir "$2" --data_dir "$data" \
+        once "$top/students/$1/$3-$seed" main_train_cifar10.py --synthetic_data_dir "$2" --data_dir "$data" \
             --teacher_weights $top/$3.pth --seed "$seed" $student
     done
 }
 
 echo "== a generator, and two teachers: an expert and a beginner"
-once generator synthetic_data/train_diffusion.py --data_dir "$data" $generator
-once expert fine_tune_teacher_cifar10.py --data_dir "$data" $expert
-once beginner fine_tune_teacher_cifar10.py --data_dir "$data" $beginner
+once $top/generator synthetic_data/train_diffusion.py --data_dir "$data" $generator
+once $top/expert fine_tune_teacher_cifar10.py --data_dir "$data" $expert
+once $top/beginner fine_tune_teacher_cifar10.py --data_dir "$data" $beginner
 
 echo "== students of the expert, by guidance and steps; CIFAKE is one more point"
 for g in $guidance; do
@@ -92,7 +83,7 @@ images more --guidance_scale 2 --steps $larger_steps --per_class $larger
 for count in $counts; do
     epochs=$(((updates + count / batch - 1) / (count / batch)))
     for seed in $seeds; do
-        once "counts/$count-$seed" main_train_cifar10.py --data_dir "$data" \
+        once "$top/counts/$count-$seed" main_train_cifar10.py --data_dir "$data" \
             --synthetic_data_dir $top/images/more/images --teacher_weights $top/expert.pth \
             --seed "$seed" $student --epochs $epochs --limit "$count"
     done
