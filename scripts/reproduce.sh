@@ -19,3 +19,5 @@ for seed in ${*:-0 1 2}; do
         --epochs 50 --lr 0.05 --batch_size 128 --stem imagenet --seed "$seed" \
         --teacher_weights "runs/reproduce/teacher-$name-$seed.pth"
 done
+python scripts/summarize.py results/reproduction runs/reproduce/*/
+python scripts/plot_reproduction.py results/reproduction/student-*
