@@ -237,12 +237,16 @@ def evaluate_kd(
     loader: DeviceLoader,
     temperature: float,
     amp: torch.dtype | None = None,
+    standardized: bool = False,
 ) -> dict[str, float]:
     """How well a student matches its teacher: `loss`, the mean KD loss, and `agreement`, percent.
 
-    Neither needs a label or a real image, so that a recipe can be chosen by them.
+    Neither needs a label or a real image, so that a recipe can be chosen by them. `standardized`:
+    the loss is that of the logits after `standardize`.
     """
     ours, theirs = predict(student, loader, amp), predict(teacher, loader, amp)
+    if standardized:
+        ours, theirs = standardize(ours), standardize(theirs)
     hits = (ours.argmax(1) == theirs.argmax(1)).sum().item()
     return {
         "loss": kd_loss(ours, theirs, temperature).item(),

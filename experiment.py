@@ -142,14 +142,13 @@ class Run:
         self.epochs = args.epochs
         self.stop_signal: int | None = None
         self.busy = False
+        self.output, self.folder = args.output, args.resume or args.run_dir
         if not parallel.leads():
             return
-        self.output = args.output
         self.output.parent.mkdir(parents=True, exist_ok=True)
         if self.output.is_dir() or not os.access(self.output.parent, os.W_OK):
             raise UserError(f"--output {self.output} cannot be written")
         if args.resume:
-            self.folder = args.resume
             self.config = read_config(self.folder)
             self.lock = _lock(self.folder)
             for key, value in identity.items():
@@ -271,9 +270,11 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if self.stop_signal is None:
+        if parallel.world_size() == 1:
             self._give_back_signals()
+        self.busy = True  # where other ranks have died, torchrun's signal must not end the writing
         self.flush()
+        self._give_back_signals()
         if parallel.leads():
             self.lock.close()
             if parallel.is_lost_rank(error):
@@ -322,7 +323,7 @@ class Run:
         with replacing(self.folder / "per_class.csv") as file:
             file.write(b"class,test_accuracy\n")
             file.write("".join(f"{name},{value:.7g}\n" for name, value in table).encode())
-        kept = None if self._made(self.output) else set_aside(self.output)
+        kept = None if self.made(self.output) else set_aside(self.output)
         state = {**checkpoint, "provenance": self._provenance()}
         save(self.output, state, tag=f".{self.folder.name}")
         last, best = self.history[-1], self.best
@@ -338,7 +339,8 @@ class Run:
         if kept:
             print(f"kept   {kept}, the former {self.output.name}")
 
-    def _made(self, path: Path) -> bool:
+    def made(self, path: Path) -> bool:
+        """Whether the file at `path` is a network that this very run has exported."""
         try:
             made_by = load(path)["provenance"]
             mine = {"run": str(self.folder), "started": self.config["started"]}

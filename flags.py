@@ -20,16 +20,19 @@ from experiment import UserError, read_config, refuse_if_used
 # What may change when a run goes on: where things lie and what it runs on, not what it computes.
 FREE_ON_RESUME = (
     *("resume", "output", "data_dir", "synthetic_data_dir", "val_dir", "teacher_weights"),
-    *("device", "no_graph", "workers"),
+    *("ground_truth", "label_file", "device", "no_graph", "workers"),
 )
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no abbreviated flags, and says in one line what is wrong with a command."""
+    """Takes no abbreviated flags, and says in one line what is wrong with a command.
 
-    def __init__(self, description: str) -> None:
+    `arguments` are those without a name, for the first line of --help.
+    """
+
+    def __init__(self, description: str, arguments: str = "") -> None:
         super().__init__(
-            usage="python %(prog)s [flags]",
+            usage=f"python %(prog)s [flags] {arguments}",
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -240,7 +243,8 @@ def parse(
     elif args.demo:
         parser.set_defaults(**demo)
     args = parser.parse_args(argv)
-    for key in ("dataset", "data_dir", "synthetic_data_dir", "download_synthetic"):
+    data = ("dataset", "data_dir", "synthetic_data_dir", "download_synthetic")
+    for key in (*data, "train_on", "skip_bad_images"):
         if args.demo and getattr(args, key, None) != parser.get_default(key):
             parser.error(f"--demo takes no data: leave --{key} out")
     if args.nesterov and args.momentum == 0:

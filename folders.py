@@ -43,7 +43,7 @@ def opened(path: str) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings(), Image.open(path, formats=("JPEG", "PNG")) as picture:
             warnings.simplefilter("ignore")  # what Pillow warns of is refused, or harmless
-            if picture.mode.startswith(("I", "F")):
+            if picture.mode.startswith(("I", "F")) or "16" in str(picture.tile):
                 raise ValueError("it does not have 8 bits a channel")
             yield picture
     except Exception as error:  # the decoders raise nearly anything on a broken or hostile file

@@ -169,7 +169,7 @@ def read_classes(label_file: str | Path, num_classes: int) -> tuple[str, ...]:
             names = [str(table[i]) for i in range(len(table))]
         else:
             names = [line.strip() for line in text.splitlines()]
-    except (ValueError, SyntaxError, KeyError, RecursionError, MemoryError) as error:
+    except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError) as error:
         raise UserError(f"{label_file} is not a list of classes") from error
     ids = [name.split(" ")[0] for name in names]
     if are_wordnet_ids(ids):

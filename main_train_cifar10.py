@@ -144,7 +144,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         help="learn the labels of the images by cross-entropy; the teacher is only compared with",
     )
     flags.add_run_flags(parser, "student", "student_cifar10_kd.pth")
-    return flags.parse(parser, argv, "student", DEMO)
+    args = flags.parse(parser, argv, "student", DEMO)
+    if args.hard_labels and args.standardize_logits:
+        parser.error("--standardize_logits is for distillation, and --hard_labels does without")
+    return args
 
 
 def main(args: Namespace) -> None:
@@ -216,7 +219,8 @@ def main(args: Namespace) -> None:
                 "test_accuracy": test["accuracy"],
             }
             if args.holdout:
-                val = evaluate_kd(shown, teacher, held_out_loader, args.temperature, amp)
+                how = (args.temperature, amp, args.standardize_logits)
+                val = evaluate_kd(shown, teacher, held_out_loader, *how)
                 row |= {"val_kd_loss": val["loss"], "val_agreement": val["agreement"]}
             row["seconds"] = time.perf_counter() - began
             row["images_per_second"] = train["images_per_second"]

@@ -81,7 +81,7 @@ def average_statistics(*models: nn.Module) -> None:
     """Make BatchNorm's running statistics the mean over the ranks, which saw other images each."""
     if world_size() == 1:
         return
-    for model in models:
+    for model in dict.fromkeys(models):  # one network may have two names
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 dist.all_reduce(buffer)

@@ -132,7 +132,7 @@ def _save(figure: Figure, named: Axes, path: Path) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = flags.Parser(__doc__)
+    parser = flags.Parser(__doc__, "RUN [RUN ...]")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder with a metrics.csv")
     parser.add_argument(
         "--output",

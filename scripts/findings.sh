@@ -8,8 +8,7 @@
 # images, so that a small set is seen more often. EPOCHS, RECIPE, the flags of every student, and
 # WEAK, the epochs of the weaker teachers, are made for a CPU: on a GPU, EPOCHS=50
 # RECIPE="--stem cifar" WEAK="1 2 5 15" is the published recipe.
-# Runs go to runs/findings/, the students compared with are those of controls.sh, in
-# runs/controls/. What is finished is skipped, what was stopped goes on.
+# Runs go to runs/findings/ and runs/controls/. What is finished is skipped, what was stopped goes on.
 set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift
@@ -34,12 +33,17 @@ on_variant() { # on_variant NAME FLAGS...: on a folder that variants.py made
         --epochs $((epochs * 50000 / $(find "$folder" -type f | wc -l)))
 }
 
+stem=$(grep -oE 'imagenet|cifar' <<< "$recipe" | head -n 1 || true)
 for n in $weak; do
     once "runs/findings/teacher_of_$n-0" fine_tune_teacher_cifar10.py --init random --epochs "$n" \
-        --stem "$(grep -oE 'imagenet|cifar' <<< "$recipe" | head -n 1)" \
+        --stem "${stem:-cifar}" \
         --optimizer sgd --nesterov --lr 0.1 --weight_decay 5e-4 --scheduler onecycle
 done
 for seed in ${*:-0 1 2}; do
+    # what the others are compared with: the first student of controls.sh
+    # shellcheck disable=SC2086
+    once "runs/controls/cifake-$seed" main_train_cifar10.py --epochs "$epochs" $recipe --seed "$seed" \
+        --teacher_weights "$teacher"
     # fidelity: what the teacher takes for the intended class, what it does not, and both; spoilt images
     on_variant disputed disputed --teacher "$teacher"
     on_variant agreed agreed --teacher "$teacher"

@@ -30,7 +30,7 @@ KEPT = ("config.json", "metrics.csv", "per_class.csv")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
-    parser = flags.Parser(__doc__)
+    parser = flags.Parser(__doc__, "RESULTS RUN [RUN ...]")
     parser.add_argument("output", type=Path, metavar="RESULTS", help="a folder, new or not")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
     return parser.parse_args(argv)
@@ -39,8 +39,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 def main(args: Namespace) -> None:
     settings: dict[str, list[dict]] = {}
     for folder in args.runs:
-        config, metrics = read_config(folder), read_metrics(folder)
-        if metrics["epoch"][-1] != config["args"]["epochs"]:
+        config = read_config(folder)
+        metrics = read_metrics(folder) if (folder / "metrics.csv").exists() else None
+        if metrics is None or metrics["epoch"][-1] != config["args"]["epochs"]:
             print(f"{folder} is not finished: left out")
             continue
         copy = args.output / folder.name

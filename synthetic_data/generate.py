@@ -11,8 +11,9 @@ are config.json, contact sheets, and manifest.csv, which is written last: a set 
 finished. The images of CIFAR-10's classes get CIFAKE's names, others a folder a class.
 
 The noise of an image comes from --seed, its class and its number: the rest of the set, stops, and
-the number of GPUs have no part in it. On the CPU the files are the same bit for bit; on GPUs,
---batch_size and the kind of GPU may show in a last bit. After a stop, the same command goes on.
+the number of GPUs have no part in it. On the CPU, with as many threads, the files are the same bit
+for bit; on GPUs, --batch_size and the kind of GPU may show in a last bit. After a stop, the same
+command goes on.
 `torchrun --nproc_per_node 8 synthetic_data/generate.py ...` splits the work over eight GPUs.
 
 Not yet run on a GPU, nor with the weights of Stable Diffusion and DiT.
@@ -148,6 +149,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 def main(args: Namespace) -> None:
     rank, world_size = parallel.rank(), parallel.world_size()
     device, dtype = pick_device_and_dtype(args)
+    args.dtype = next(name for name, value in DTYPES.items() if value == dtype)  # for config.json
     categories, identity = load_categories(args)
     plan, images = Plan(categories, args), args.output / "images"
     if args.overwrite:

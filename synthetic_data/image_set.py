@@ -108,9 +108,11 @@ def claim(args: Namespace, identity: dict, tag: str) -> None:
     """
     path, images = args.output / "config.json", args.output / "images"
     stored = {key: value for key, value in vars(args).items() if key not in FREE}
-    config = read_config(args.output) if path.exists() else {}
-    empty = not args.output.exists() or (args.output.is_dir() and not any(args.output.iterdir()))
-    if config.get("kind") != "images" and not empty and not args.overwrite:
+    listed = [args.output.name] if args.output.exists() else []
+    if args.output.is_dir():
+        listed = [name for name in os.listdir(args.output) if not name.startswith(path.name)]
+    config = read_config(args.output) if path.exists() else {}  # after looking: see the end
+    if (listed or config) and config.get("kind") != "images" and not args.overwrite:
         raise UserError(f"{args.output} holds something else already: name a new folder")
     if config and images.exists() and existing(images):
         otherwise = "name another --output, or --overwrite this one"
@@ -124,10 +126,11 @@ def claim(args: Namespace, identity: dict, tag: str) -> None:
             if config.get(key) != value:
                 raise UserError(f"{args.output} was begun with another {key}: {otherwise}")
         return
-    images.mkdir(parents=True, exist_ok=True)
+    args.output.mkdir(parents=True, exist_ok=True)
     config = {"kind": "images", **surroundings(args.device), **identity, "args": stored}
     with replacing(path, tag) as file:
         file.write((json.dumps(config, indent=2) + "\n").encode())
+    images.mkdir(exist_ok=True)  # last: another process that sees it has to find config.json
 
 
 def discard(output: Path) -> None:

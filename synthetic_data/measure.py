@@ -46,7 +46,7 @@ from models import load_model  # noqa: E402
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
-    parser = flags.Parser(__doc__)
+    parser = flags.Parser(__doc__, "IMAGES")
     parser.add_argument("images", type=Path, metavar="IMAGES", help="a folder with CIFAKE's names")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for the results")
     parser.add_argument(
@@ -78,6 +78,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 def main(args: Namespace) -> None:
     device = pick_device(args.device, "off")[0]
+    torch.set_float32_matmul_precision("highest")  # distances of near copies are small differences
     teacher = load_model(args.teacher_weights, num_classes=10).to(device)
     made = load_cifake(args.images, args.limit)
     train_set, test_set = (
@@ -139,10 +140,13 @@ def as_pixels(data: ImageSet, device: torch.device) -> Tensor:
 
 
 def as_features(data: ImageSet, teacher: nn.Module, device: torch.device) -> Tensor:
-    """float32 (N, 512): what the teacher's last layer sees, at length one."""
-    body = nn.Sequential(*list(teacher.children())[:-1], nn.Flatten())
-    loader = DeviceLoader(data, TEST_BATCH_SIZE, device, train=False)
-    return F.normalize(predict(body, loader), dim=1)
+    """float32 (N, D): what the teacher's last layer sees, 512 in a ResNet18, at length one."""
+    seen = []
+    last = [module for module in teacher.modules() if isinstance(module, nn.Linear)][-1]
+    hook = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    predict(teacher, DeviceLoader(data, TEST_BATCH_SIZE, device, train=False))
+    hook.remove()
+    return F.normalize(torch.cat(seen), dim=1)
 
 
 def nearest(

@@ -249,7 +249,7 @@ def draw_samples(
 
 def export(path: Path, run: Run, checkpoint: dict) -> None:
     """Write the finished network; a file that is there already is renamed."""
-    kept = set_aside(path)
+    kept = None if run.made(path) else set_aside(path)
     origin = ("command", "started", "git_commit", "torch", "hardware")
     provenance = {"run": str(run.folder), **{key: run.config.get(key) for key in origin}}
     save(path, {**checkpoint, "provenance": provenance})

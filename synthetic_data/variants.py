@@ -38,7 +38,7 @@ KINDS = ("subset", "disputed", "agreed", "undivided", "blur", "jpeg")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
-    parser = flags.Parser(__doc__)
+    parser = flags.Parser(__doc__, "KIND FOLDER")
     add = parser.add_argument
     add("kind", choices=KINDS, help="see above")
     add("folder", type=Path, help="the new folder")
@@ -62,25 +62,24 @@ def main(args: Namespace) -> None:
     images = load_cifake(args.synthetic_data_dir)
     listed = args.synthetic_data_dir.iterdir()
     files = sorted(path for path in listed if not path.name.startswith("."))  # as `images` has them
+    spoilt = args.kind in ("blur", "jpeg")
+    chosen = torch.arange(len(images)) if spoilt else choose(images, args)
+    if len(chosen) == 0:
+        raise UserError("the teacher disputes none of the images")
     partial = args.folder.with_name(args.folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    if args.kind in ("blur", "jpeg"):
-        for path, pixels in zip(files, images.images.permute(0, 2, 3, 1).numpy(), strict=True):
-            picture = Image.fromarray(pixels)  # (32, 32, 3)
-            if args.kind == "blur":
-                blurred = picture.filter(ImageFilter.GaussianBlur(args.radius))
-                blurred.save(partial / f"{path.stem}.png")
-            else:
-                picture.save(partial / f"{path.stem}.jpg", quality=args.quality)
-        count = len(files)
-    else:
-        chosen = choose(images, args)
-        for i in chosen.tolist():
+    for i in chosen.tolist():
+        name, pixels = files[i].stem, images.images[i].permute(1, 2, 0).numpy()  # (32, 32, 3)
+        if args.kind == "blur":
+            blurred = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(args.radius))
+            blurred.save(partial / f"{name}.png")
+        elif args.kind == "jpeg":
+            Image.fromarray(pixels).save(partial / f"{name}.jpg", quality=args.quality)
+        else:
             shutil.copyfile(files[i], partial / files[i].name)
-        count = len(chosen)
     partial.replace(args.folder)
-    print(f"{args.folder}: {count:,} images")
+    print(f"{args.folder}: {len(chosen):,} images")
 
 
 def choose(images: ImageSet, args: Namespace) -> Tensor:

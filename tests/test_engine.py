@@ -157,6 +157,9 @@ def test_how_well_a_student_matches_needs_no_label():
     agreement = (ours.argmax(1) == theirs.argmax(1)).float().mean().item()
     assert result["agreement"] == pytest.approx(100 * agreement)
     assert evaluate_kd(teacher, teacher, loader, 4.0)["agreement"] == 100
+    loss = evaluate_kd(student, teacher, loader, 4.0, standardized=True)["loss"]
+    by_hand = kd_loss(standardize(ours), standardize(theirs), 4.0).item()
+    assert loss == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_accuracy_by_class_adds_up():

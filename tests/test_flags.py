@@ -62,6 +62,20 @@ def test_help_shows_every_flag_with_its_default(script, capsys):
             assert shown in " ".join(entry.split())
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--demo", "--train_on", "noise"], "--demo takes no data: leave --train_on out"),
+        (["--hard_labels", "--standardize_logits"], "--standardize_logits is for distillation"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        student_script.parse_args(argv)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_resumed_run_takes_its_flags_from_the_config(tmp_path):
     argv = "--demo --epochs 4 --nesterov --milestones 0.3 0.6 --limit 50 --kd_temp 4.5".split()
     first = student_script.parse_args(argv)

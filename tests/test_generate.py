@@ -406,6 +406,9 @@ def test_nothing_is_overwritten(workdir, models, capsys):
     (other / "images" / "beach.png").write_bytes(b"mine")
     Path("run").mkdir()
     Path("run/config.json").write_text('{"kind": "student", "args": {}}')
+    Path("early").mkdir()  # another process is about to write its config.json
+    Path("early/config.json.1.tmp").touch()
+    run(models, "local_two", "early")
     before = snapshot(workdir)
     for argv, expected in (
         (["--guidance_scale", 4], "set was made with --guidance_scale 2.0, not 4.0: name another"),

@@ -41,6 +41,17 @@ def test_what_is_measured(argv, monkeypatch, capsys):
     assert Path("out/nearest.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("arch", "size"), [("resnet18", 512), ("wrn_16_1", 64), ("mobilenet_v2", 1280)]
+)
+def test_features_are_what_the_last_layer_sees(arch, size, cifar10_binary):
+    real = load_cifar10(cifar10_binary, train=True).first(3)
+    teacher = build_model(arch).eval()
+    features = measure.as_features(real, teacher, torch.device("cpu"))
+    assert features.shape == (3, size)
+    assert torch.allclose(features.norm(dim=1), torch.ones(3))
+
+
 @pytest.mark.parametrize("kind", ["pixels", "features"])
 def test_a_copy_is_found(kind, argv, cifar10_binary):
     real = load_cifar10(cifar10_binary, train=True)

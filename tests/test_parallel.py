@@ -1,6 +1,7 @@
 """Jobs of two ranks, over gloo on the CPU, started by torchrun as a person would."""
 
 import csv
+import math
 import os
 import re
 import signal
@@ -12,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import as_rank
+from test_experiment import checkpoint, flags, parts, row
 
 import parallel
 from data import DeviceLoader, ImageSet
-from experiment import UserError
+from experiment import Run, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDENT = str(ROOT / "main_train_cifar10.py")
@@ -43,9 +45,9 @@ def table(folder: str) -> list[dict[str, str]]:
 
 
 def assert_same_run(a: str, b: str) -> None:
-    for row, other in zip(table(a), table(b), strict=True):
-        for key in row.keys() - {"seconds", "images_per_second"}:
-            assert float(row[key]) == pytest.approx(float(other[key]), rel=1e-4), key
+    for one, other in zip(table(a), table(b), strict=True):
+        for key in one.keys() - {"seconds", "images_per_second"}:
+            assert float(one[key]) == pytest.approx(float(other[key]), rel=1e-4), key
     weights, others = (torch.load(f"{name}.pth", weights_only=True)["model"] for name in (a, b))
     for key in weights:
         torch.testing.assert_close(weights[key], others[key], rtol=1e-3, atol=1e-5)
@@ -155,6 +157,17 @@ def test_the_parts_of_the_ranks_are_the_batches_of_one(train, mix, monkeypatch):
             whole = [tuple(torch.cat(column) for column in zip(*whole, strict=True))]
         for together, batch in zip(joined, whole, strict=True):
             assert torch.equal(together, batch[what])
+
+
+def test_a_rank_that_does_not_lead_touches_nothing(workdir, monkeypatch):
+    as_rank(monkeypatch, 1, 2)
+    run, (model, optimizer, scheduler) = Run(flags(), "student", {}), parts()
+    with run:
+        assert not run.record(row(1, 50.0), checkpoint(model), optimizer, scheduler)
+        with pytest.raises(UserError, match="stopped after epoch 2: its training loss is nan"):
+            run.record(row(2, 50.0, math.nan), checkpoint(model), optimizer, scheduler)
+        run.finish(checkpoint(model), [50.0, 50.0])
+    assert not any(workdir.iterdir())
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch):
