@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str, arguments: str = "") -> None:
         super().__init__(
-            usage=f"python %(prog)s [flags] {arguments}",
+            usage=f"python %(prog)s [flags] {arguments}".strip(),
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,

@@ -52,9 +52,10 @@ def test_the_flags_of_the_study_parse():
         "beginner": teacher_script,
         "student": student_script,
     }
+    sgd = re.search(r'^ +sgd="(.*)"$', SCRIPT, re.MULTILINE)[1]
     for name, script in parsers.items():
         found = re.findall(rf'^ +{name}="(--.*)"$', SCRIPT, re.MULTILINE)
         assert found
         for line in found:
-            script.parse_args(shlex.split(line))
+            script.parse_args(shlex.split(line.replace("$sgd", sgd)))
     measure.parse_args(["images", "--output", "out", "--limit", "100", "--neighbours", "24"])
