@@ -124,9 +124,10 @@ def seed_everything(seed: int, epoch: int = 0) -> None:
 class Run:
     """The folder of one run, described at the top of this file.
 
-    `kind` is "teacher" or "student". `args` are the flags of the script; `demo`, `run_dir`,
-    `resume` and `output` are read here, and all go into `config.json`. So do `identity`, what must
-    not have changed when a run goes on (the size of the data, the teacher), and `notes`.
+    `kind` says which script's run it is, such as "teacher". `args` are the flags of the script;
+    `demo`, `run_dir`, `resume` and `output` are read here, and all go into `config.json`. So do
+    `identity`, what must not have changed when a run goes on (the size of the data, the teacher),
+    and `notes`.
 
     After each epoch a copy of all that training goes on with is made; it is written when the last
     writing is `SAVE_EVERY` seconds ago. The block `with run:` ends, at the latest at SIGINT or

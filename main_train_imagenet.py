@@ -223,9 +223,9 @@ def load_teacher(args: Namespace) -> nn.Module:
     if args.teacher_weights not in ("imagenet", "random"):
         expected = {"arch": args.arch, "stem": "imagenet", "num_classes": args.num_classes}
         return load_model(args.teacher_weights, **expected)
-    teacher = build_model(args.arch, "imagenet", args.num_classes)
     if args.teacher_weights == "imagenet" and args.num_classes != 1000:
         raise UserError(f"torchvision's teachers have 1000 classes, and not {args.num_classes}")
+    teacher = build_model(args.arch, "imagenet", args.num_classes)
     print(f"teacher: {init_from(teacher, args.teacher_weights)}", flush=True)
     return teacher
 

@@ -16,10 +16,13 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from plots import read_metrics
+
 
 def last_accuracy(folder: Path) -> float:
-    with open(folder / "metrics.csv", newline="") as file:
-        return float(list(csv.DictReader(file))[-1]["test_accuracy"])
+    return read_metrics(folder)["test_accuracy"][-1]
 
 
 def read_students(top: Path) -> list[dict]:

@@ -11,26 +11,28 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from experiment import one_line_errors
+from plots import read_metrics
+
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 PUBLISHED = RESULTS / "published" / "published_student_curve.csv"
-
-
-def curve(path: Path, column: str) -> tuple[list[int], list[float]]:
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [int(row["epoch"]) for row in rows], [float(row[column]) for row in rows]
 
 
 def main(folders: list[str]) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    epochs, accuracy = curve(PUBLISHED, "test_accuracy_percent")
+    with open(PUBLISHED, newline="") as file:
+        rows = list(csv.DictReader(file))
+    epochs = [int(row["epoch"]) for row in rows]
+    accuracy = [float(row["test_accuracy_percent"]) for row in rows]
     label = f"published, teacher of unknown test accuracy: last {accuracy[-1]:.2f} %"
     axes.plot(epochs, accuracy, ".-", color="0.6", label=label)
     for folder in map(Path, folders):
-        epochs, accuracy = curve(folder / "metrics.csv", "test_accuracy")
-        label = f"ours, {folder.name}: last {accuracy[-1]:.2f} %"
-        axes.plot(epochs, accuracy, ".-", label=label)
+        metrics = read_metrics(folder)
+        label = f"ours, {folder.name}: last {metrics['test_accuracy'][-1]:.2f} %"
+        axes.plot(metrics["epoch"], metrics["test_accuracy"], ".-", label=label)
     axes.set(title="Student on the real test set", xlabel="epoch", ylabel="percent")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
@@ -38,4 +40,5 @@ def main(folders: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with one_line_errors():
+        main(sys.argv[1:])

@@ -19,7 +19,10 @@ SCRIPT = (REPOSITORY / "scripts" / "fidelity.sh").read_text()
 def student(top: Path, name: str, accuracy: float) -> None:
     run = top / name
     run.mkdir(parents=True)
-    (run / "metrics.csv").write_text(f"epoch,test_accuracy\n1,5\n2,{accuracy}\n")
+    (run / "metrics.csv").write_text(
+        "epoch,train_loss,train_agreement,test_loss,test_accuracy\n"
+        f"1,2,50,2,5\n2,1,60,1,{accuracy}\n"
+    )
     run.with_suffix(".pth").touch()
 
 
