@@ -141,6 +141,7 @@ class Run:
         self.waiting: dict[str, dict] = {}  # what is to be written, by file name
         self.saved_at = -math.inf
         self.epochs = args.epochs
+        self.score = "test_loss" if kind == "diffusion" else "test_accuracy"  # every row has it
         self.stop_signal: int | None = None
         self.busy = False
         self.output, self.folder = args.output, args.resume or args.run_dir
@@ -196,7 +197,7 @@ class Run:
                 scheduler.load_state_dict(state["scheduler"])
                 for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
                     group["lr"] = float(lr)
-                self.history = _checked(state["history"])
+                self.history = _checked(state["history"], self.score)
             except Exception as error:  # a file that was tampered with can raise nearly anything
                 raise UserError(f"{path} is not the checkpoint of this run") from error
             if parallel.leads():
@@ -228,13 +229,13 @@ class Run:
         scheduler: LambdaLR,
         trained: nn.Module | None,
     ) -> bool:
-        checkpoint = {**checkpoint, "provenance": self._provenance()}
+        checkpoint = {**checkpoint, "provenance": self.provenance()}
         training = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
         if trained is not None:
             training["trained"] = trained.state_dict()
         last = _copied({**checkpoint, **training, "history": self.history})
         self.waiting["last.pt"] = last
-        if self.best is self.history[-1]:
+        if self.score == "test_accuracy" and self.best is self.history[-1]:
             self.waiting["best.pt"] = {key: last[key] for key in checkpoint}
         due = time.monotonic() - self.saved_at >= SAVE_EVERY
         if due:
@@ -325,7 +326,7 @@ class Run:
             file.write(b"class,test_accuracy\n")
             file.write("".join(f"{name},{value:.7g}\n" for name, value in table).encode())
         kept = None if self.made(self.output) else set_aside(self.output)
-        state = {**checkpoint, "provenance": self._provenance()}
+        state = {**checkpoint, "provenance": self.provenance()}
         save(self.output, state, tag=f".{self.folder.name}")
         last, best = self.history[-1], self.best
         minutes, seconds = divmod(round(sum(row["seconds"] for row in self.history)), 60)
@@ -357,15 +358,16 @@ class Run:
         with replacing(self.folder / "metrics.csv") as file:
             file.write(text.getvalue().encode())
 
-    def _provenance(self) -> dict:
+    def provenance(self) -> dict:
+        """Where a network comes from, to be kept with its weights."""
         origin = ("command", "started", "git_commit", "torch", "hardware")
-        last = {key: self.history[-1][key] for key in ("epoch", "test_accuracy")}
+        last = {key: self.history[-1][key] for key in ("epoch", self.score)}
         return {"run": str(self.folder), **last, **{key: self.config.get(key) for key in origin}}
 
 
-def _checked(history: list[dict[str, float]]) -> list[dict[str, float]]:
+def _checked(history: list[dict[str, float]], score: str) -> list[dict[str, float]]:
     for number, row in enumerate(history, start=1):
-        if row["epoch"] != number or not math.isfinite(sum(row.values()) + row["test_accuracy"]):
+        if row["epoch"] != number or not math.isfinite(sum(row.values()) + row[score]):
             raise ValueError(f"row {number} of the history is {row}")
     if not history:
         raise ValueError("the history is empty")

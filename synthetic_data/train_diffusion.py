@@ -14,7 +14,6 @@ demo_images.py: enough to see that it works, not to see a shape. Not yet run on 
 epochs take less than 20 minutes of an H200, as they are meant to, is not known.
 """
 
-import math
 import sys
 import time
 from argparse import Namespace
@@ -26,8 +25,6 @@ sys.path.insert(0, str(REPOSITORY))
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from torch.optim import Optimizer  # noqa: E402
-from torch.optim.lr_scheduler import LambdaLR  # noqa: E402
 from torchvision.utils import save_image  # noqa: E402
 
 import flags  # noqa: E402
@@ -38,7 +35,6 @@ from experiment import (  # noqa: E402
     Progress,
     Run,
     UserError,
-    load,
     one_line_errors,
     pick_device,
     replacing,
@@ -132,8 +128,7 @@ def main(args: Namespace) -> None:
     # the run
     step = TrainStep(loss_fn, optimizer, amp, not args.no_graph, average.update)
     run = Run(args, "diffusion", {"train_images": len(train_set), "test_images": len(test_set)})
-    run.history = restore(run.folder / "last.pt", average.model, unet, optimizer, scheduler)
-    first_epoch = len(run.history) + 1
+    first_epoch = run.restore(average.model, optimizer, scheduler, unet)
     progress = Progress(first_epoch, args.epochs, steps * args.batch_size)
     with run:
         for epoch in range(first_epoch, args.epochs + 1):
@@ -156,18 +151,9 @@ def main(args: Namespace) -> None:
                 "seconds": time.perf_counter() - began,
                 "images_per_second": steps * args.batch_size / (trained - began),
             }
-            if not math.isfinite(row["train_loss"] + row["test_loss"]):
-                raise UserError(f"stopped in epoch {epoch}: its loss is not finite; lower --lr")
+            checkpoint = diffusion.to_checkpoint(average.model, train_set.classes)
+            run.record(row, checkpoint, optimizer, scheduler, unet)
             progress.epoch(row)
-            run.history.append(row)
-            run.waiting["last.pt"] = {
-                **diffusion.to_checkpoint(average.model, train_set.classes),
-                "trained": unet.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(),
-                "history": run.history,
-            }
-            run.flush()
         progress.close()
         draw_samples(average.model, len(train_set.classes), run.folder / "samples.png", device, amp)
         export(args.output, run, diffusion.to_checkpoint(average.model, train_set.classes))
@@ -212,29 +198,6 @@ def fixed_loss(
     return loss_sum.item() / len(data)
 
 
-def restore(
-    path: Path, average: nn.Module, unet: nn.Module, optimizer: Optimizer, scheduler: LambdaLR
-) -> list[dict[str, float]]:
-    """Load `last.pt`, if there is one yet; returns the rows of the epochs that are done."""
-    if not path.exists():
-        return []
-    state = load(path)
-    try:
-        average.load_state_dict(state["model"])
-        unet.load_state_dict(state["trained"])
-        own = optimizer.state_dict()  # its options: what is fused depends on the device
-        optimizer.load_state_dict({**own, "state": state["optimizer"]["state"]})
-        scheduler.load_state_dict(state["scheduler"])
-        for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-            group["lr"] = float(lr)
-        history = state["history"]
-        if [row["epoch"] for row in history] != list(range(1, len(history) + 1)):
-            raise ValueError("the history has holes")
-    except Exception as error:  # a file that was tampered with can raise nearly anything
-        raise UserError(f"{path} is not the checkpoint of this run") from error
-    return history
-
-
 def draw_samples(
     unet: nn.Module, classes: int, path: Path, device: torch.device, amp: torch.dtype | None
 ) -> None:
@@ -250,9 +213,7 @@ def draw_samples(
 def export(path: Path, run: Run, checkpoint: dict) -> None:
     """Write the finished network; a file that is there already is renamed."""
     kept = None if run.made(path) else set_aside(path)
-    origin = ("command", "started", "git_commit", "torch", "hardware")
-    provenance = {"run": str(run.folder), **{key: run.config.get(key) for key in origin}}
-    save(path, {**checkpoint, "provenance": provenance})
+    save(path, {**checkpoint, "provenance": run.provenance()})
     minutes, seconds = divmod(round(sum(row["seconds"] for row in run.history)), 60)
     print(f"time   {minutes} min {seconds} s on {run.config['hardware']}")
     print(f"saved  {path}\n       {run.folder}/samples.png, metrics.csv, ...")

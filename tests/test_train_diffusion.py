@@ -146,7 +146,7 @@ BAD = [
     (["--batch_size", "33"], 1, "--batch_size 33 is more than the 32 images"),
     (["--ema", "1"], 2, "--ema: '1' is no number from 0"),
     (["--resume", "nothing"], 1, "nothing is not a run: it has no config.json"),
-    (["--lr", "1000"], 1, "its loss is not finite; lower --lr"),
+    (["--lr", "1000"], 1, "its training loss is nan. A too high --lr is the likely cause"),
 ]
 
 
