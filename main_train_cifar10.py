@@ -47,7 +47,16 @@ from engine import (
 )
 from experiment import Progress, Run, UserError, one_line_errors, pick_device, seed_everything
 from folders import load_class_folders
-from models import ARCHITECTURES, STEMS, build_model, cast_once, checksum, load_model, to_checkpoint
+from models import (
+    ARCHITECTURES,
+    STEMS,
+    Ensemble,
+    build_model,
+    cast_once,
+    checksum,
+    load_model,
+    to_checkpoint,
+)
 from plots import plot_run
 
 # The published recipe, and the demo's.
@@ -55,7 +64,7 @@ RECIPE = dict(epochs=50, lr=0.05, optimizer="sgd", weight_decay=5e-4, scheduler=
 DEMO = dict(
     epochs=8,
     stem="imagenet",
-    teacher_weights="runs/demo/teacher_cifar10_finetuned.pth",
+    teacher_weights=["runs/demo/teacher_cifar10_finetuned.pth"],
     output=Path("runs/demo/student_cifar10_kd.pth"),
 )
 
@@ -110,9 +119,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     distillation.add_argument(
         "--teacher_weights",
         "--teacher_weights_path",
-        default="teacher_cifar10_finetuned.pth",
+        nargs="+",
+        default=["teacher_cifar10_finetuned.pth"],
         metavar="FILE",
-        help="the teacher; 'random' is an untrained one, as a control [%(default)s]",
+        help="the teacher; 'random' is an untrained one, as a control. Of several, the mean of "
+        "their logits teaches %(default)s",
     )
     distillation.add_argument(
         "--arch",
@@ -254,17 +265,22 @@ def load_train_set(args: Namespace, classes: tuple[str, ...]) -> ImageSet:
 
 def load_teacher(args: Namespace, classes: tuple[str, ...]) -> tuple[nn.Module, str | None]:
     """The teacher, and a checksum of its weights: a run has to go on with the same."""
+    members = [load_member(args, source, classes) for source in args.teacher_weights]
+    teacher = members[0] if len(members) == 1 else Ensemble(members)
+    return teacher, None if "random" in args.teacher_weights else checksum(teacher)
+
+
+def load_member(args: Namespace, source: str, classes: tuple[str, ...]) -> nn.Module:
+    """One of the networks that teach: an untrained one, or that of a weight file."""
     stem = args.teacher_stem or args.stem
-    if args.teacher_weights == "random":
-        return build_model(args.arch or "resnet18", stem, len(classes)), None
-    path = Path(args.teacher_weights)
-    if not path.is_file():
+    if source == "random":
+        return build_model(args.arch or "resnet18", stem, len(classes))
+    if not Path(source).is_file():
         raise UserError(
-            f"no teacher at {path}: make one with `python fine_tune_teacher_cifar10.py`"
+            f"no teacher at {source}: make one with `python fine_tune_teacher_cifar10.py`"
         )
     expected = {"stem": stem, "num_classes": len(classes), "classes": list(classes)}
-    teacher = load_model(path, **expected, **({"arch": args.arch} if args.arch else {}))
-    return teacher, checksum(teacher)
+    return load_model(source, **expected, **({"arch": args.arch} if args.arch else {}))
 
 
 if __name__ == "__main__":

@@ -88,6 +88,21 @@ WIDE_RESNETS = ((40, 2), (16, 2), (40, 1), (16, 1), (16, 4))  # depth and width
 ARCHITECTURES = (*FOR_CIFAR, *(f"wrn_{depth}_{width}" for depth, width in WIDE_RESNETS))
 
 
+class Ensemble(nn.Module):
+    """Several networks that teach as one: (B, C, H, W) -> the mean of their logits, (B, classes).
+
+    In float32. The softened mean is the normalised geometric mean of what each would say (Hinton,
+    Vinyals & Dean 2015, arXiv 1503.02531, section 1).
+    """
+
+    def __init__(self, members: list[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.stack([member(images).float() for member in self.members]).mean(0)
+
+
 def cast_once(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Keep the weights that autocast to `dtype` would cast anew in every step as what it makes.
 

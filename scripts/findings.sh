@@ -7,7 +7,8 @@
 # TEACHER is a weight file. Every student sees as many views as there are in EPOCHS times 50,000
 # images, so that a small set is seen more often. EPOCHS, RECIPE, the flags of every student, and
 # WEAK, the epochs of the weaker teachers, are made for a CPU: on a GPU, EPOCHS=50
-# RECIPE="--stem cifar" WEAK="1 2 5 15" is the published recipe.
+# RECIPE="--stem cifar" WEAK="1 2 5 15" is the published recipe. ENSEMBLE may name several weight
+# files, to learn from all of them at once.
 # Runs go to runs/findings/ and runs/controls/. What is finished is skipped, what was stopped goes on.
 set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
@@ -58,6 +59,8 @@ for seed in ${*:-0 1 2}; do
     for n in $weak; do
         student "of_teacher_$n" --epochs "$epochs" --teacher_weights "runs/findings/teacher_of_$n-0.pth"
     done
+    # shellcheck disable=SC2086
+    [ -z "${ENSEMBLE:-}" ] || student ensemble --epochs "$epochs" --teacher_weights $ENSEMBLE
     # temperature; T = 10 is the student of controls.sh
     for t in 1 4; do
         student "temperature_$t" --epochs "$epochs" --teacher_weights "$teacher" --temperature "$t"

@@ -104,7 +104,9 @@ def student(workdir, cifake, cifar10_binary, capsys):
 
     def expect(message: str, **changes) -> None:
         before = snapshot(workdir)
-        argv = [f"--{key}={value}" for key, value in {**good, **changes}.items()]
+        argv = []
+        for key, value in {**good, **changes}.items():
+            argv += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
         code, text = fails(student_script, argv, capsys)
         assert code == 1
         assert message in text
@@ -133,6 +135,7 @@ def test_synthetic_images(student, cifake, workdir):
 def test_teachers(student, workdir):
     student("no teacher at nobody.pth: make one with", teacher_weights="nobody.pth")
     student("no teacher at data: make one with", teacher_weights="data")
+    student("no teacher at other.pth: make", teacher_weights=["teacher.pth", "other.pth"])
     (workdir / "text.pth").write_text("I am a teacher")
     student("text.pth is not a weight file, or not a safe one", teacher_weights="text.pth")
     student("expected stem cifar, found imagenet", stem="cifar")

@@ -14,7 +14,7 @@ STUDENT = {
     **{"epochs": 50, "optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4, "temperature": 10},
     **{"scheduler": "multistep", "milestones": [0.5, 0.8], "gamma": 0.1},
     **{
-        "teacher_weights": "teacher_cifar10_finetuned.pth",
+        "teacher_weights": ["teacher_cifar10_finetuned.pth"],
         "output": Path("student_cifar10_kd.pth"),
     },
 }
@@ -35,7 +35,7 @@ def test_no_flags_is_the_published_recipe(script, recipe):
 
 def test_aliases_are_the_same_flag():
     args = student_script.parse_args(["--teacher_weights_path", "t.pth", "--kd_temp", "4"])
-    assert (args.teacher_weights, args.temperature) == ("t.pth", 4)
+    assert (args.teacher_weights, args.temperature) == (["t.pth"], 4)
 
 
 @pytest.mark.parametrize("script", [teacher_script, student_script])

@@ -7,7 +7,7 @@ from torchvision.models import ResNet18_Weights, resnet18, resnet34, resnet101, 
 
 import models
 from experiment import UserError
-from models import build_model, init_from, load_model, to_checkpoint
+from models import Ensemble, build_model, cast_once, init_from, load_model, to_checkpoint
 
 CLASSES = tuple("abcdefghij")
 
@@ -135,6 +135,17 @@ def test_a_network_without_a_trace_of_its_stem_needs_a_hint(tmp_path):
 def test_a_wide_resnet_has_no_imagenet_stem():
     with pytest.raises(UserError, match="wrn_16_1 is made for 32x32 pictures"):
         build_model("wrn_16_1", "imagenet")
+
+
+def test_an_ensemble_says_the_mean_of_its_members():
+    members = [build_model("wrn_16_1").eval(), build_model("shufflenet_v2_x1_0").eval()]
+    images = torch.randn(3, 3, 32, 32)
+    one, two = (member(images) for member in members)
+    torch.testing.assert_close(Ensemble(members)(images), (one + two) / 2)
+    in_bf16 = Ensemble(members)
+    cast_once(in_bf16, torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert in_bf16(images).dtype == torch.float32
 
 
 def test_a_checkpoint_that_lies_about_itself_is_refused(tmp_path):

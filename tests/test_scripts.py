@@ -16,7 +16,7 @@ from PIL import Image
 
 import fine_tune_teacher_cifar10 as teacher_script
 import main_train_cifar10 as student_script
-from experiment import UserError
+from experiment import UserError, read_config
 from models import load_model, read_weights
 
 TIMES = ("seconds", "images_per_second")
@@ -174,6 +174,26 @@ def test_an_untrained_teacher_is_a_control(workdir):
     config = json.loads(Path("runs/demo/student-001/config.json").read_text())
     assert config["teacher_sha256"] is None
     assert 0 <= config["teacher_accuracy"] < 50
+
+
+def test_several_teachers_are_one(workdir, demo_teacher, monkeypatch):
+    run_teacher("--seed", 1, "--output", "other.pth")
+    one, two, both = ([demo_teacher], ["other.pth"], [demo_teacher, "other.pth"])
+    for name, members in (("one", one), ("two", two), ("both", both)):
+        run_student("--teacher_weights", *members, "--run_dir", name, "--output", f"{name}.pth")
+    digests = {read_config(Path(name))["teacher_sha256"] for name in ("one", "two", "both")}
+    assert len(digests) == 3
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, student_script, 1)
+        with pytest.raises(KeyboardInterrupt):
+            flags = ["--run_dir", "stopped", "--output", "stopped.pth"]
+            run_student("--teacher_weights", *both, *flags)
+    resume = ["--resume", "stopped"]
+    with pytest.raises(UserError, match="cannot go on: teacher_sha256 was"):
+        student_script.main(student_script.parse_args([*resume, "--teacher_weights", "other.pth"]))
+    student_script.main(student_script.parse_args(resume))
+    assert_equal_weights(Path("stopped.pth"), Path("both.pth"))
 
 
 @pytest.mark.parametrize(
