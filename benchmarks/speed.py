@@ -1,16 +1,17 @@
 """How fast a KD epoch is, beside the ordinary way to write one, measured in turn in the same run.
 
-    python benchmarks/speed.py --quick    # about a minute and a half on two CPU cores
+    python benchmarks/speed.py --quick    # two or three minutes on two CPU cores
     python benchmarks/speed.py            # the full sizes: for a GPU
     python benchmarks/speed.py --whole    # the published experiment: both scripts, start to exit
 
 "plain" is the usual tutorial: PIL decodes and torchvision's transforms augment in the two workers
 of a DataLoader, float32, channels-first, eager, `.item()` in every step. "ours" is what
-main_train_cifar10.py does, through the very same functions; on a GPU, so are "ours, no graph"
-(every kernel launched from Python) and "ours, compiled" (networks through torch.compile, then the
-graph). Networks, data, batch size, loss and optimizer are the same. Each way lives in a process of
-its own, and they take turns epoch by epoch, so that a machine that slows down slows all. Ratios are
-taken within a turn. An epoch is training and a test on a fifth as many images.
+main_train_cifar10.py does, through the very same functions. On a GPU there are also "ours, no
+graph" (every kernel launched from Python) and "ours, compiled" (networks through torch.compile,
+then the graph); on a CPU "ours, bf16" (with --amp bf16, which is the default on a GPU). Networks,
+data, batch size, loss and optimizer are the same. Each way lives in a process of its own, and they
+take turns epoch by epoch, so that a machine that slows down slows all. Ratios are taken within a
+turn. An epoch is training and a test on a fifth as many images.
 
 Prints tables; writes results/speed/DEVICE.json and DEVICE.png, or DEVICE_whole.json.
 """
@@ -123,9 +124,10 @@ def ours(
     device: torch.device,
     graph: bool = True,
     compiled: bool = False,
+    amp: str = "auto",
 ) -> Callable[[], None]:
     """Returns what trains and tests for one epoch, built as main_train_cifar10.py builds it."""
-    _, amp = pick_device(str(device), "auto")
+    _, amp = pick_device(str(device), amp)
     images = torch.stack([data.load_image(path) for path in paths])
     image_set = ImageSet(images, torch.zeros(len(images), dtype=torch.int64), data.CLASSES)
     train_loader = DeviceLoader(image_set, BATCH, device, train=True)
@@ -161,7 +163,9 @@ WAYS = {
     "ours": ours,
     "ours, no graph": functools.partial(ours, graph=False),
     "ours, compiled": functools.partial(ours, compiled=True),
+    "ours, bf16": functools.partial(ours, amp="bf16"),
 }
+MORE = {"cuda": ["ours, no graph", "ours, compiled"], "cpu": ["ours, bf16"]}
 
 
 # ---------------------------------------------------------------------------------------- measuring
@@ -215,7 +219,7 @@ class Worker:
 
 def compare(stem: str, images: int, turns: int, args: Namespace) -> dict:
     """All ways in turn; every figure as [median, min, max] over the turns."""
-    ways = list(WAYS) if args.device.startswith("cuda") else ["plain", "ours"]
+    ways = ["plain", "ours", *MORE[torch.device(args.device).type]]
     workers = {way: Worker(way, stem, images, args) for way in ways}
     measured = [{way: worker.epoch() for way, worker in workers.items()} for _ in range(turns)]
     for worker in workers.values():
