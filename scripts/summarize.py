@@ -70,8 +70,8 @@ def summary(setting: str, runs: list[dict]) -> dict[str, str | int]:
     tables, configs = [run["metrics"] for run in runs], [run["config"] for run in runs]
     last = [table["test_accuracy"][-1] for table in tables]
     ends = {
-        key: mean([table[key][-1] for table in tables if key in table])
-        for key in ("train_agreement", "val_kd_loss", "val_agreement")
+        key: mean([table[key][-1] for table in tables if key in table], digits)
+        for key, digits in (("train_agreement", 2), ("val_kd_loss", 4), ("val_agreement", 2))
     }
     teachers = [config.get("teacher_accuracy") for config in configs]
     return {
@@ -88,8 +88,8 @@ def summary(setting: str, runs: list[dict]) -> dict[str, str | int]:
     }
 
 
-def mean(values: list[float]) -> str:
-    return f"{statistics.mean(values):.2f}" if values else ""
+def mean(values: list[float], digits: int = 2) -> str:
+    return f"{statistics.mean(values):.{digits}f}" if values else ""
 
 
 def draw(settings: dict[str, list[dict]], path: Path) -> None:
