@@ -127,7 +127,8 @@ class TrainStep:
         self.images, self.labels = images.clone(), labels.clone()
         self.optimizer.zero_grad(set_to_none=True)  # gradients have to live in the graph's memory
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # "thread_local": another thread may pin memory meanwhile, as a DataLoader's does
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.loss, self.hits = self._step(self.images, self.labels)
 
 

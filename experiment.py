@@ -102,6 +102,8 @@ def pick_device(name: str, amp: str) -> tuple[torch.device, torch.dtype | None]:
             device = torch.device("cuda", parallel.local_rank())
         if (device.index or 0) >= count:
             raise UserError(f"--device {name}: PyTorch finds {count} CUDA devices here")
+        if device.index is not None:
+            torch.cuda.set_device(device)  # streams, graphs and NCCL go by the current one
         torch.backends.cudnn.benchmark = True  # faster, and why CUDA runs do not repeat bit for bit
         torch.set_float32_matmul_precision("high")
     bf16 = amp == "bf16"
@@ -326,7 +328,7 @@ class Run:
             file.write(b"class,test_accuracy\n")
             file.write("".join(f"{name},{value:.7g}\n" for name, value in table).encode())
         kept = None if self.made(self.output) else set_aside(self.output)
-        state = {**checkpoint, "provenance": self.provenance()}
+        state = _copied({**checkpoint, "provenance": self.provenance()})
         save(self.output, state, tag=f".{self.folder.name}")
         last, best = self.history[-1], self.best
         minutes, seconds = divmod(round(sum(row["seconds"] for row in self.history)), 60)

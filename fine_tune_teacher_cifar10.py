@@ -4,7 +4,7 @@
 
 trains on the 50,000 real training images with cross-entropy, tests on the 10,000 real test images
 after every epoch, and writes teacher_cifar10_finetuned.pth when the last epoch is done. Plots,
-metrics.csv and checkpoints are in runs/teacher-001 while it runs. Measured times and accuracies are
+metrics.csv and checkpoints are in runs/teacher-001 while it runs. What was measured, and where, is
 in the README.
 """
 

@@ -7,7 +7,7 @@ A randomly initialised network, a ResNet18 unless told otherwise, sees the 50,00
 images of CIFAKE and learns to match the teacher's softened outputs, T^2 * KL(teacher || student) at
 T = 10. It is shown no real image and no label; after every epoch it is tested on the 10,000 real
 test images. student_cifar10_kd.pth is written when the last epoch is done. Plots, metrics.csv and
-checkpoints are in runs/student-001 while it runs. Measured times and accuracies are in the README.
+checkpoints are in runs/student-001 while it runs. What was measured, and where, is in the README.
 """
 
 import time

@@ -49,7 +49,6 @@ def start(device: torch.device) -> None:
     if world_size() == 1:
         return
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")

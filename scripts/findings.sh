@@ -6,16 +6,17 @@
 #
 # TEACHER is a weight file. Every student sees as many views as there are in EPOCHS times 50,000
 # images, so that a small set is seen more often. EPOCHS, RECIPE, the flags of every student, and
-# WEAK, the epochs of the weaker teachers, are made for a CPU: on a GPU, EPOCHS=50
-# RECIPE="--stem cifar" WEAK="1 2 5 15" is the published recipe. ENSEMBLE may name several weight
-# files, to learn from all of them at once.
-# Runs go to runs/findings/ and runs/controls/. What is finished is skipped, what was stopped goes on.
+# WEAK, the epochs of the weaker teachers, are made for a CPU; on a GPU, EPOCHS=50
+# RECIPE="--stem cifar" WEAK="1 2 5 15". ENSEMBLE may name several weight files, to learn from all of
+# them at once. Runs go to runs/findings$TAG/ and runs/controls$TAG/, the table to
+# results/findings$TAG/: give every other recipe or teacher a TAG, such as _gpu. What is finished is
+# skipped, what was stopped goes on.
 set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift
 source "$(dirname "$0")/environment.sh" requirements.txt
 source "$(dirname "$0")/once.sh"
-epochs=${EPOCHS:-5}
+tag=${TAG:-} epochs=${EPOCHS:-5}
 recipe=${RECIPE:---stem imagenet --scheduler onecycle --nesterov}
 weak=${WEAK:-1 3}
 
@@ -23,11 +24,11 @@ student() { # student NAME FLAGS...
     local name=$1
     shift
     # shellcheck disable=SC2086
-    once "runs/findings/$name-$seed" main_train_cifar10.py $recipe --seed "$seed" "$@"
+    once "runs/findings$tag/$name-$seed" main_train_cifar10.py $recipe --seed "$seed" "$@"
 }
 
 on_variant() { # on_variant NAME FLAGS...: on a folder that variants.py made
-    local name=$1 folder=runs/variants/$1
+    local name=$1 folder=runs/findings$tag/images/$1
     shift
     [ -d "$folder" ] || python synthetic_data/variants.py "$@" "$folder"
     student "$name" --teacher_weights "$teacher" --synthetic_data_dir "$folder" \
@@ -36,15 +37,15 @@ on_variant() { # on_variant NAME FLAGS...: on a folder that variants.py made
 
 stem=$(grep -oE 'imagenet|cifar' <<< "$recipe" | head -n 1 || true)
 for n in $weak; do
-    once "runs/findings/teacher_of_$n-0" fine_tune_teacher_cifar10.py --init random --epochs "$n" \
-        --stem "${stem:-cifar}" \
+    once "runs/findings$tag/teacher_of_$n-0" fine_tune_teacher_cifar10.py --init random \
+        --epochs "$n" --stem "${stem:-cifar}" \
         --optimizer sgd --nesterov --lr 0.1 --weight_decay 5e-4 --scheduler onecycle
 done
 for seed in ${*:-0 1 2}; do
     # what the others are compared with: the first student of controls.sh
     # shellcheck disable=SC2086
-    once "runs/controls/cifake-$seed" main_train_cifar10.py --epochs "$epochs" $recipe --seed "$seed" \
-        --teacher_weights "$teacher"
+    once "runs/controls$tag/cifake-$seed" main_train_cifar10.py --epochs "$epochs" $recipe \
+        --seed "$seed" --teacher_weights "$teacher"
     # fidelity: what the teacher takes for the intended class, what it does not, and both; spoilt images
     on_variant disputed disputed --teacher "$teacher"
     on_variant agreed agreed --teacher "$teacher"
@@ -57,7 +58,8 @@ for seed in ${*:-0 1 2}; do
     on_variant images_25000 subset --count 25000
     # weaker teachers
     for n in $weak; do
-        student "of_teacher_$n" --epochs "$epochs" --teacher_weights "runs/findings/teacher_of_$n-0.pth"
+        student "of_teacher_$n" --epochs "$epochs" \
+            --teacher_weights "runs/findings$tag/teacher_of_$n-0.pth"
     done
     # shellcheck disable=SC2086
     [ -z "${ENSEMBLE:-}" ] || student ensemble --epochs "$epochs" --teacher_weights $ENSEMBLE
@@ -66,4 +68,5 @@ for seed in ${*:-0 1 2}; do
         student "temperature_$t" --epochs "$epochs" --teacher_weights "$teacher" --temperature "$t"
     done
 done
-python scripts/summarize.py results/findings runs/controls/cifake-*/ runs/findings/*/
+python scripts/summarize.py "results/findings$tag" "runs/controls$tag"/cifake-*/ \
+    "runs/findings$tag"/*-[0-9]*/
