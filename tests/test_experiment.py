@@ -328,6 +328,10 @@ def test_the_device_is_the_best_there_is(monkeypatch):
     assert pick_device("auto", "auto")[1] is None
     with pytest.raises(UserError, match="--device cuda:1: PyTorch finds 1 CUDA devices"):
         pick_device("cuda:1", "auto")
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    device, _ = pick_device("cuda:0", "auto")
+    assert chosen == [device] == [torch.device("cuda", 0)]
 
 
 @pytest.mark.parametrize(

@@ -338,4 +338,6 @@ def test_both_scripts_run_on_cuda(workdir):
     run_student("--device", "cuda")
     config = json.loads(Path("runs/demo/student-001/config.json").read_text())
     assert config["hardware"] == torch.cuda.get_device_name()
+    exported = torch.load("runs/demo/student_cifar10_kd.pth", weights_only=True)["model"]
+    assert not any(weight.is_cuda for weight in exported.values())  # it loads where there is no GPU
     assert 0 <= float(metrics(Path("runs/demo/student-001"))[-1]["test_accuracy"]) <= 100
