@@ -4,18 +4,20 @@
 #     bash scripts/best.sh [SEED ...]
 #
 # Made for a GPU. TEACHER_EPOCHS and EPOCHS shorten it, RECIPE adds to the flags of both, such as
-# --stem imagenet. Runs go to runs/best/. What is finished is skipped, what was stopped goes on.
+# --stem imagenet. Runs go to runs/best$TAG/ and the table to results/best$TAG/: give every other
+# recipe a TAG, such as _gpu. What is finished is skipped, what was stopped goes on.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt
 source "$(dirname "$0")/once.sh"
+tag=${TAG:-}
 
 # shellcheck disable=SC2086
 for seed in ${*:-0 1 2}; do
-    once "runs/best/teacher-$seed" fine_tune_teacher_cifar10.py --init random --seed "$seed" \
+    once "runs/best$tag/teacher-$seed" fine_tune_teacher_cifar10.py --init random --seed "$seed" \
         --epochs "${TEACHER_EPOCHS:-200}" --optimizer sgd --nesterov --lr 0.1 --weight_decay 5e-4 \
         --scheduler cosine ${RECIPE:-}
-    once "runs/best/student-$seed" main_train_cifar10.py --seed "$seed" \
-        --teacher_weights "runs/best/teacher-$seed.pth" --epochs "${EPOCHS:-600}" \
+    once "runs/best$tag/student-$seed" main_train_cifar10.py --seed "$seed" \
+        --teacher_weights "runs/best$tag/teacher-$seed.pth" --epochs "${EPOCHS:-600}" \
         --scheduler cosine --mix cutmix --augment strong ${RECIPE:-}
 done
-python scripts/summarize.py results/best runs/best/*/
+python scripts/summarize.py "results/best$tag" "runs/best$tag"/*/
