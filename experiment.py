@@ -231,7 +231,7 @@ class Run:
         scheduler: LambdaLR,
         trained: nn.Module | None,
     ) -> bool:
-        checkpoint = {**checkpoint, "provenance": self.provenance()}
+        checkpoint = {**checkpoint, "provenance": self._provenance()}
         training = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
         if trained is not None:
             training["trained"] = trained.state_dict()
@@ -315,9 +315,8 @@ class Run:
         return max(self.history, key=lambda row: row["test_accuracy"])
 
     def finish(self, checkpoint: dict, per_class: list[float]) -> None:
-        """Export the network of the last epoch to `--output`, and print what came out: on rank 0.
+        """Write what came out, print it, and export the network of the last epoch: on rank 0.
 
-        A file that is already there is not lost, unless this very run has made it: it is renamed.
         `per_class`, the accuracy of each class in percent, goes to `per_class.csv`.
         """
         if not parallel.leads():
@@ -327,24 +326,29 @@ class Run:
         with replacing(self.folder / "per_class.csv") as file:
             file.write(b"class,test_accuracy\n")
             file.write("".join(f"{name},{value:.7g}\n" for name, value in table).encode())
-        kept = None if self.made(self.output) else set_aside(self.output)
-        state = _copied({**checkpoint, "provenance": self.provenance()})
-        save(self.output, state, tag=f".{self.folder.name}")
         last, best = self.history[-1], self.best
-        minutes, seconds = divmod(round(sum(row["seconds"] for row in self.history)), 60)
         print(
             f"final  {last['test_accuracy']:.2f} % on the test set, epoch {last['epoch']}\n"
             f"best   {best['test_accuracy']:.2f} %, epoch {best['epoch']}: picked on the test set, "
-            "only to compare\n"
-            f"time   {minutes} min {seconds} s on {self.config['hardware']}\n"
-            f"saved  {self.output}\n"
-            f"       {self.folder}/metrics.csv, train_val_losses.png, val_accuracy.png, ..."
+            "only to compare"
         )
+        self.export(checkpoint, "metrics.csv, train_val_losses.png, val_accuracy.png, ...")
+
+    def export(self, checkpoint: dict, files: str) -> None:
+        """Write a network to `--output`; print the time it took, and `files`, what else there is.
+
+        A file that is already there is not lost, unless this very run has made it: it is renamed.
+        """
+        kept = None if self._made(self.output) else set_aside(self.output)
+        state = _copied({**checkpoint, "provenance": self._provenance()})
+        save(self.output, state, tag=f".{self.folder.name}")
+        minutes, seconds = divmod(round(sum(row["seconds"] for row in self.history)), 60)
+        print(f"time   {minutes} min {seconds} s on {self.config['hardware']}")
+        print(f"saved  {self.output}\n       {self.folder}/{files}")
         if kept:
             print(f"kept   {kept}, the former {self.output.name}")
 
-    def made(self, path: Path) -> bool:
-        """Whether the file at `path` is a network that this very run has exported."""
+    def _made(self, path: Path) -> bool:
         try:
             made_by = load(path)["provenance"]
             mine = {"run": str(self.folder), "started": self.config["started"]}
@@ -360,8 +364,7 @@ class Run:
         with replacing(self.folder / "metrics.csv") as file:
             file.write(text.getvalue().encode())
 
-    def provenance(self) -> dict:
-        """Where a network comes from, to be kept with its weights."""
+    def _provenance(self) -> dict:
         origin = ("command", "started", "git_commit", "torch", "hardware")
         last = {key: self.history[-1][key] for key in ("epoch", self.score)}
         return {"run": str(self.folder), **last, **{key: self.config.get(key) for key in origin}}

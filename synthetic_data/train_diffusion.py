@@ -38,9 +38,7 @@ from experiment import (  # noqa: E402
     one_line_errors,
     pick_device,
     replacing,
-    save,
     seed_everything,
-    set_aside,
 )
 from synthetic_data import diffusion  # noqa: E402
 
@@ -156,7 +154,8 @@ def main(args: Namespace) -> None:
             progress.epoch(row)
         progress.close()
         draw_samples(average.model, len(train_set.classes), run.folder / "samples.png", device, amp)
-        export(args.output, run, diffusion.to_checkpoint(average.model, train_set.classes))
+        checkpoint = diffusion.to_checkpoint(average.model, train_set.classes)
+        run.export(checkpoint, "samples.png, metrics.csv, ...")
 
 
 def mirrored_batches(
@@ -208,17 +207,6 @@ def draw_samples(
         images = diffusion.sample(unet, labels.to(device), noise.to(device), **SHEET)
     with replacing(path) as file:
         save_image(images, file, nrow=8, format="png")
-
-
-def export(path: Path, run: Run, checkpoint: dict) -> None:
-    """Write the finished network; a file that is there already is renamed."""
-    kept = None if run.made(path) else set_aside(path)
-    save(path, {**checkpoint, "provenance": run.provenance()})
-    minutes, seconds = divmod(round(sum(row["seconds"] for row in run.history)), 60)
-    print(f"time   {minutes} min {seconds} s on {run.config['hardware']}")
-    print(f"saved  {path}\n       {run.folder}/samples.png, metrics.csv, ...")
-    if kept:
-        print(f"kept   {kept}, the former {path.name}")
 
 
 if __name__ == "__main__":
