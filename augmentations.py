@@ -1,15 +1,15 @@
 """What training images go through, a whole batch at a time and on the device.
 
-Each function is the same for every image of a batch but for its draws, which come from outside:
-nothing here is random. The draws of an epoch are made by `draw_crops`, `draw_strong` and
-`draw_mixes`, from PyTorch's CPU generator, so that a seed gives the same views on every device.
+Augmentations are deterministic; their random parameters are passed in, one set per image. Those of
+an epoch are drawn by the functions draw_*, from PyTorch's CPU generator, so that a seed gives the
+same views on every device.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PADDING = 4
+PADDING, REFLECTION = 4, 2  # pixels
 
 # ------------------------------------------------------------------ one image: crop, flip, colours
 
@@ -26,15 +26,34 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Te
     images: (B, 3, H, W) of any dtype; top, left: int64 (B,) from 0 to 8; flip: bool (B,). The same
     as torchvision's RandomCrop with padding 4 and RandomHorizontalFlip on these draws.
     """
-    height, width = images.shape[2:]
-    padded = F.pad(images, [PADDING] * 4)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 9, 9, H, W), a view
-    crops = windows[torch.arange(len(images), device=images.device), :, top, left]  # (B, 3, H, W)
+    return _crop_and_flip(F.pad(images, [PADDING] * 4), images.shape[2:], top, left, flip)
+
+
+def draw_reflected_crops(n: int) -> tuple[Tensor, ...]:
+    """For `reflected_crop_and_flip`, n times: the corner of the crop. The loader adds the flip."""
+    top, left = torch.randint(0, 2 * REFLECTION + 1, (2, n))
+    return top, left
+
+
+def reflected_crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
+    """As `crop_and_flip`, by up to 2 pixels, and with the picture's reflection around it.
+
+    top, left: from 0 to 4. As airbench does it (Jordan 2024, arXiv 2404.00498).
+    """
+    padded = F.pad(images.float(), [REFLECTION] * 4, mode="reflect").to(images.dtype)
+    return _crop_and_flip(padded, images.shape[2:], top, left, flip)
+
+
+def _crop_and_flip(
+    padded: Tensor, size: torch.Size, top: Tensor, left: Tensor, flip: Tensor
+) -> Tensor:
+    windows = padded.unfold(2, size[0], 1).unfold(3, size[1], 1)  # (B, 3, 9, 9, H, W), a view
+    crops = windows[torch.arange(len(padded), device=padded.device), :, top, left]  # (B, 3, H, W)
     return torch.where(flip[:, None, None, None], crops.flip(3), crops)
 
 
-def draw_strong(n: int) -> tuple[Tensor, ...]:
-    """For `strong`, n times: a part of the picture, whether to mirror, and four colour factors.
+def draw_resized_crop_and_jitter(n: int) -> tuple[Tensor, ...]:
+    """For `resized_crop_and_jitter`, n times: a part of the picture, a flip, colour factors.
 
     The part has 25 to 100 % of the area and sides of 3:4 to 4:3, as in torchvision's
     RandomResizedCrop; brightness, contrast and saturation are 0.6 to 1.4 times what they were, and
@@ -49,7 +68,7 @@ def draw_strong(n: int) -> tuple[Tensor, ...]:
     return torch.stack([width, height, x, y], dim=1), flip < 0.5, factors.T
 
 
-def strong(images: Tensor, box: Tensor, flip: Tensor, factors: Tensor) -> Tensor:
+def resized_crop_and_jitter(images: Tensor, box: Tensor, flip: Tensor, factors: Tensor) -> Tensor:
     """A part of each picture, brought to full size, mirrored and with other colours.
 
     images: uint8 (B, 3, H, W); box: (B, 4), width, height and centre of the part in a picture that
@@ -83,45 +102,47 @@ def grey(images: Tensor) -> Tensor:
     return 0.2989 * red + 0.587 * green + 0.114 * blue
 
 
-AUGMENTATIONS = {"crop": (draw_crops, crop_and_flip), "strong": (draw_strong, strong)}
+AUGMENTATIONS = {
+    "crop": (draw_crops, crop_and_flip),
+    "reflect": (draw_reflected_crops, reflected_crop_and_flip),
+    "rrc_jitter": (draw_resized_crop_and_jitter, resized_crop_and_jitter),
+}
 
 # ------------------------------------------------------------------- two images: mixup and CutMix
 
 
 def draw_mixes(batches: int, alpha: float) -> tuple[Tensor, Tensor]:
-    """For each batch: the share of the first image, from Beta(alpha, alpha), and a centre."""
-    share = torch.distributions.Beta(alpha, alpha).sample((batches,))
-    return share, torch.rand(batches, 2)
+    """For each batch: the share `lam` of the first image, from Beta(alpha, alpha), and a centre."""
+    lam = torch.distributions.Beta(alpha, alpha).sample((batches,))
+    return lam, torch.rand(batches, 2)
 
 
-def mixup(images: Tensor, share: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """Blend each image with the one before it in the batch; `share`, (), is its own part.
+def mixup(images: Tensor, lam: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Blend each image with the one before it in the batch; `lam`, (), is its own share.
 
-    Zhang et al. 2018, arXiv 1710.09412. Returns the images, (B, 3, H, W), and the share.
+    Zhang et al. 2018, arXiv 1710.09412. Returns the images, (B, 3, H, W), and `lam`.
     """
-    return share * images + (1 - share) * images.roll(1, 0), share
+    return lam * images + (1 - lam) * images.roll(1, 0), lam
 
 
-def cutmix(images: Tensor, share: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+def cutmix(images: Tensor, lam: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     """Put a box of the image before it in the batch into each image.
 
-    The box has an area of 1 - share and its centre at `centre`, (2,), as a fraction of height and
+    The box has an area of 1 - lam and its centre at `centre`, (2,), as a fraction of height and
     width; what would stick out is cut off (Yun et al. 2019, arXiv 1905.04899). Returns the images,
     (B, 3, H, W), and the share that is left of them.
     """
-    reach = (1 - share).sqrt() / 2
+    reach = (1 - lam).sqrt() / 2
     rows, columns = (
         ((torch.arange(size, device=images.device) + 0.5) / size - middle).abs() < reach
         for size, middle in zip(images.shape[2:], centre, strict=True)
     )
     box = rows[:, None] & columns  # (H, W)
-    return torch.where(box, images.roll(1, 0), images), 1 - box.float().mean()
+    mixed = torch.where(box, images.roll(1, 0), images)  # on CUDA, roll returns NCHW
+    return mixed.contiguous(memory_format=torch.channels_last), 1 - box.float().mean()
 
 
-MIXES = {"mixup": mixup, "cutmix": cutmix}
-
-
-def mix_labels(labels: Tensor, share: Tensor, classes: int) -> Tensor:
-    """int64 (B,) -> float (B, classes): `share` of the own label, the rest of the one before it."""
+def mix_labels(labels: Tensor, lam: Tensor, classes: int) -> Tensor:
+    """int64 (B,) -> float (B, classes): `lam` of the own label, the rest of the one before it."""
     own = F.one_hot(labels, classes).float()
-    return share * own + (1 - share) * own.roll(1, 0)
+    return lam * own + (1 - lam) * own.roll(1, 0)

@@ -1,9 +1,9 @@
-"""The data: CIFAR-10, a CIFAKE folder and the demo set, and the loader that serves their batches.
+"""The data: CIFAR-10 and -100, CIFAKE, class folders, and the loader that serves their batches.
 
     files -> ImageSet (uint8, all in memory) -> DeviceLoader -> normalised float batches
 
 50,000 images of 32x32 are 154 MB: they live on the device as uint8, and each batch is augmented and
-normalised there. No worker processes; an epoch copies a few vectors of draws to the device.
+normalised there. There are no worker processes.
 """
 
 import functools
@@ -11,9 +11,9 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,19 +22,17 @@ import torch
 from PIL import Image, ImageOps  # comes with torchvision and matplotlib
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2 import functional as F
 
-import parallel
-from augmentations import AUGMENTATIONS, MIXES, draw_mixes, mix_labels
-from experiment import UserError
-from synthetic_data.demo_images import SHAPES, draw
+import augmentations
+from experiment import parallel
+from experiment.errors import UserError
 
 CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 
-# Channel statistics of the 50,000 training images of CIFAR-10. They serve every set alike: the
-# student has to see a picture as the teacher sees it.
-MEAN = (0.49140, 0.48216, 0.44653)
-STD = (0.24703, 0.24349, 0.26159)
+# Of the 50,000 training images. They serve every set: the student sees what the teacher sees.
+CIFAR10_MEAN = (0.49140, 0.48216, 0.44653)
+CIFAR10_STD = (0.24703, 0.24349, 0.26159)
 
 TEST_BATCH_SIZE = 500
 
@@ -49,9 +47,9 @@ BINARY_MD5 = {
 }
 
 CIFAKE = "birdy654/cifake-real-and-ai-generated-synthetic-images"
-CIFAKE_BY_HAND = (
+BY_HAND = (
     f"download https://www.kaggle.com/datasets/{CIFAKE}, unzip it, and move the 50,000 images of "
-    "its train/FAKE into {folder}"
+    "its train/FAKE into"
 )
 
 
@@ -75,16 +73,39 @@ class ImageSet:
         return replace(self, images=self.images[:n], labels=self.labels[:n])
 
     def hold_out(self, n: int) -> tuple["ImageSet", "ImageSet"]:
-        """All but n images, and those n: the same ones in every run. Errors: UserError."""
-        if n >= len(self):
-            raise UserError(f"--holdout {n} leaves nothing of {len(self)} training images")
+        """All but n images, and those n, the same ones in every run. Errors: UserError.
+
+        Of an image that comes more than once, no copy is held out.
+        """
         held = torch.zeros(len(self), dtype=torch.bool)
-        held[torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:n]] = True
-        rest, apart = (
-            replace(self, images=self.images[which], labels=self.labels[which])
-            for which in (~held, held)
-        )
-        return rest, apart
+        if n > 0:
+            pixels = self.images.flatten(1)
+            copies, counts = pixels.unique(dim=0, return_inverse=True, return_counts=True)[1:]
+            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
+            held[order[counts[copies[order]] == 1][:n]] = True
+            if held.sum() < n or n == len(self):
+                raise UserError(f"--holdout {n} is too many of {len(self)} training images")
+        parts = (replace(self, images=self.images[m], labels=self.labels[m]) for m in (~held, held))
+        return next(parts), next(parts)
+
+
+def with_shifted_copies(data: ImageSet) -> ImageSet:
+    """The images, and after them all of them brighter, paler, blurred, and crushed by JPEG.
+
+    A student that matches its teacher on such images, too, is more likely to match it on real ones.
+    """
+    copies = [data.images]
+    if len(data):
+        copies += [torch.stack([shift(image) for image in data.images]) for shift in SHIFTS]
+    return replace(data, images=torch.cat(copies), labels=data.labels.repeat(len(copies)))
+
+
+SHIFTS = (
+    lambda image: F.adjust_brightness(image, 1.4),
+    lambda image: F.adjust_saturation(image, 0.4),
+    lambda image: F.gaussian_blur(image, [3, 3], [0.8, 0.8]),
+    lambda image: F.jpeg(image, 40),
+)
 
 
 # ------------------------------------------------------------------------------------ real images
@@ -93,9 +114,9 @@ class ImageSet:
 def load_cifar10(data_dir: str | Path, train: bool) -> ImageSet:
     """The 50,000 training or the 10,000 test images of CIFAR-10, in the order of its files.
 
-    `data_dir` holds one of the official distributions: the binary version (cifar-10-batches-bin/)
-    or the Python version (cifar-10-batches-py/), which torchvision downloads when neither is there.
-    Every file is checked against its published MD5. Errors: UserError, OSError.
+    `data_dir` holds the official binary version (cifar-10-batches-bin/) or the Python version
+    (cifar-10-batches-py/), which torchvision downloads when neither is there. Every file is checked
+    against its published MD5. Errors: UserError, OSError.
     """
     binary = Path(data_dir) / "cifar-10-batches-bin"
     if binary.is_dir():
@@ -104,11 +125,7 @@ def load_cifar10(data_dir: str | Path, train: bool) -> ImageSet:
 
 
 def load_cifar100(data_dir: str | Path, train: bool) -> ImageSet:
-    """The 50,000 training or the 10,000 test images of CIFAR-100, with its 100 fine classes.
-
-    `data_dir` holds the Python version (cifar-100-python/), which is downloaded when absent, and
-    checked against its published MD5s. Errors: UserError, OSError.
-    """
+    """CIFAR-100 with its 100 fine classes, as `load_cifar10`, but in the Python version alone."""
     return _load_python(CIFAR100, data_dir, train, "CIFAR-100 is not")
 
 
@@ -137,36 +154,31 @@ REAL_SETS = {"cifar10": load_cifar10, "cifar100": load_cifar100}
 def _load_binary(folder: Path, train: bool) -> ImageSet:
     part = "data_batch" if train else "test_batch"
     files = [_read_checked(folder / n, md5) for n, md5 in BINARY_MD5.items() if n.startswith(part)]
-    # a record is one label and the red, green and blue planes
-    records = torch.from_numpy(
-        np.frombuffer(b"".join(files), np.uint8).reshape(-1, 1 + 3 * 32 * 32).copy()
-    )
+    records = torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8)
+    records = records.view(-1, 1 + 3 * 32 * 32)  # a label, and the red, green and blue planes
     return ImageSet(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long(), CLASSES)
 
 
 def _read_checked(path: Path, md5: str) -> bytes:
-    data = path.read_bytes()
+    data = path.read_bytes() if path.is_file() else b""
     if hashlib.md5(data).hexdigest() != md5:
-        raise UserError(f"{path} is not the original file of CIFAR: its MD5 differs")
+        raise UserError(f"{path} is missing, or not the original file of CIFAR: its MD5 differs")
     return data
 
 
 # ------------------------------------------------------------------------------- synthetic images
 
 
-def cifake_label(name: str) -> int:
-    """The class that the name of a CIFAKE image gives. Errors: ValueError.
+def cifake_label(path: str) -> int:
+    """The class in the name of a CIFAKE image file. Errors: UserError.
 
-    'NNNN.jpg' is class 0, airplane; 'NNNN (k).jpg' is class k - 1, for k from 2 to 10.
+    'NNNN.jpg' is class 0, airplane; 'NNNN (k).jpg' is class k - 1. .jpeg and .png will do, too.
     """
-    match = re.fullmatch(r"\d+(?: \((\d+)\))?", os.path.splitext(name)[0], re.ASCII)
+    pattern = r"\d+(?: \(([2-9]|10)\))?\.(?:jpe?g|png)"
+    match = re.fullmatch(pattern, os.path.basename(path), re.ASCII | re.IGNORECASE)
     if match is None:
-        raise ValueError("its name is neither 'NNNN' nor 'NNNN (k)'")
-    if match[1] is None:
-        return 0
-    if not 2 <= int(match[1]) <= 10:
-        raise ValueError(f"({match[1]}) is no class: k goes from 2 to 10")
-    return int(match[1]) - 1
+        raise UserError(f"{path}: not named 'NNNN.jpg', or 'NNNN (k).jpg' with k from 2 to 10")
+    return int(match[1] or 1) - 1
 
 
 def load_cifake(
@@ -174,95 +186,90 @@ def load_cifake(
 ) -> ImageSet:
     """The images in `folder`, sorted by name; with `limit`, the first so many.
 
-    Files end in .jpg, .jpeg or .png, in any case, and are named as `cifake_label` expects, each
-    name once. Nothing but hidden files is passed over, unless `skip_bad_images` says to leave out,
-    count and report what cannot be used. Errors: UserError that names the file.
+    Files are named as `cifake_label` expects, each name once. Any other file but a hidden one is an
+    error, unless `skip_bad_images` says to leave out, count and report what cannot be used. Errors:
+    UserError that names the file.
     """
-    names = []
-    if os.path.isdir(folder):
-        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    names = _visible(folder)
     if not names:
         raise UserError(
-            f"there are no synthetic images in {folder}: {CIFAKE_BY_HAND.format(folder=folder)}; "
-            "or `pip install kagglehub` and add --download_synthetic; --demo needs no data"
+            f"there are no synthetic images in {folder}: {BY_HAND} {folder}; or `pip install "
+            "kagglehub` and add --download_synthetic; --demo needs no data"
         )
-    images = np.empty((min(limit or len(names), len(names)), 32, 32, 3), np.uint8)
-    labels: list[int] = []
-    stems: set[str] = set()
-    bad: list[UserError] = []
-    with _silent():
-        for name in names:
-            path = os.path.join(folder, name)
-            try:
-                label = _label(path, stems)
-                if len(labels) < len(images):  # beyond the limit, the name alone is looked at
-                    images[len(labels)] = _load_pixels(path)
-                    labels.append(label)
-            except UserError as error:
-                if not skip_bad_images:
-                    raise
-                bad.append(error)
-    if not labels:
+    images, labels, stems, bad = [], [], set(), []
+    for name in names:
+        path, stem = os.path.join(folder, name), os.path.splitext(name)[0]
+        try:
+            label = cifake_label(path)
+            if stem in stems:
+                raise UserError(f"{path}: another file has this name and another extension")
+            stems.add(stem)
+            if limit is None or len(images) < limit:  # beyond it, only the names are checked
+                images.append(load_image(path))
+                labels.append(label)
+        except UserError as error:
+            if not skip_bad_images:
+                raise
+            bad.append(error)
+    if not images:
         raise UserError(f"none of the {len(names)} files in {folder} can be used: {bad[0]}")
     if bad:
         print(f"skipped {len(bad)} of {len(names)} files in {folder}; the first: {bad[0]}")
-    pixels = torch.from_numpy(images[: len(labels)]).permute(0, 3, 1, 2)  # (N, 3, 32, 32)
-    return ImageSet(pixels.contiguous(), torch.tensor(labels), CLASSES, len(bad))
+    return ImageSet(torch.stack(images), torch.tensor(labels), CLASSES, len(bad))
 
 
-def _label(path: str, stems: set[str]) -> int:
-    """The class of an image file, whose stem is added to those seen. Errors: UserError."""
-    stem, extension = os.path.splitext(os.path.basename(path))
-    if extension.lower() not in (".jpg", ".jpeg", ".png"):
-        raise UserError(f"{path}: not a .jpg, .jpeg or .png file")
-    try:
-        label = cifake_label(stem)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-    if stem in stems:
-        raise UserError(f"{path}: another file has this name and another extension")
-    stems.add(stem)
-    return label
+def load_class_folders(
+    folder: str | Path, classes: tuple[str, ...], limit: int | None = None
+) -> ImageSet:
+    """The images in folders named like `classes`, sorted, at 32x32; with `limit`, evenly spaced.
+
+    For synthetic images of CIFAR-100. Errors: UserError that names the file or the folder.
+    """
+    for name in sorted({*classes, *_visible(folder)}):
+        if name not in classes or not _visible(Path(folder, name)):
+            rule = "every class needs a folder with images, and nothing else belongs there"
+            raise UserError(f"{Path(folder, name)}: {rule}")
+    files = [
+        (Path(folder, name, image), label)
+        for label, name in enumerate(classes)
+        for image in _visible(Path(folder, name))
+    ]
+    count = min(limit or len(files), len(files))
+    chosen = [files[i] for i in np.linspace(0, len(files) - 1, count).round().astype(int)]
+    images = torch.stack([load_image(path) for path, _ in chosen])
+    return ImageSet(images, torch.tensor([label for _, label in chosen]), classes)
+
+
+def _visible(folder: str | Path) -> list[str]:
+    """The names in a folder but for hidden ones, sorted; none if there is no such folder."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def load_image(path: str | Path) -> Tensor:
     """A JPEG or PNG of any size, in grey, RGB, RGBA, palette or CMYK, as uint8 (3, 32, 32).
 
-    Transparency is dropped, and a camera's note of which side is up is followed. An image that is
-    cut short, has 16 bits a channel, moves, or has more than 89 million pixels is refused: none of
-    them is quietly made into something else. Errors: UserError.
+    Transparency is dropped and the EXIF orientation applied. An image that is cut short, animated,
+    has 16 bits a channel or more than 89 million pixels is refused, and so is anything but a
+    regular file. Errors: UserError that names the file.
     """
-    with _silent():
-        return torch.from_numpy(_load_pixels(path)).permute(2, 0, 1).contiguous()
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Pillow warns of is refused here, or harmless
-        yield
-
-
-def _load_pixels(path: str | Path) -> np.ndarray:
-    """uint8 (32, 32, 3)."""
     try:
-        with Image.open(path, formats=("JPEG", "PNG")) as picture:
-            pixels = _pixels(picture)  # (H, W, 3)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: too many pixels") from error
+        if not os.path.isfile(path):  # opening a FIFO would wait for ever
+            raise UserError("not a regular file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow warns of is refused here, or harmless
+            with Image.open(path, formats=("JPEG", "PNG")) as picture:
+                pixels = torch.from_numpy(_pixels(picture))  # (H, W, 3)
     except Exception as error:  # the decoders raise nearly anything on a broken or hostile file
-        reason = f": {error.strerror}" if getattr(error, "strerror", None) else ""
-        raise UserError(f"{path}: not an image that can be read{reason}") from error
-    if pixels.shape[:2] == (32, 32):
-        return pixels
-    image = torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)
-    return resize(image, [32, 32], antialias=True).permute(1, 2, 0).numpy()
+        told = isinstance(error, (UserError, Image.DecompressionBombError))
+        reason = error if told else getattr(error, "strerror", None)
+        raise UserError(f"{path}: {reason or 'not an image that can be read'}") from error
+    image = pixels.permute(2, 0, 1).contiguous()  # (3, H, W)
+    return image if image.shape[1:] == (32, 32) else F.resize(image, [32, 32], antialias=True)
 
 
 def _pixels(picture: Image.Image) -> np.ndarray:
-    if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
+    if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:  # before they are decoded
         raise UserError("too many pixels")
     if picture.format == "PNG":
         if "16" in str(picture.tile) or picture.mode.startswith("I"):
@@ -282,26 +289,19 @@ def download_cifake(folder: str | Path) -> None:
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
         return
-    by_hand = CIFAKE_BY_HAND.format(folder=folder)
     try:
         import kagglehub
-    except ImportError as error:
-        raise UserError(
-            f"--download_synthetic needs kagglehub: `pip install kagglehub`; or, by hand, {by_hand}"
-        ) from error
-    try:
+
         fake = (Path(kagglehub.dataset_download(CIFAKE)) / "train" / "FAKE").resolve(strict=True)
     except Exception as error:  # kagglehub lets the errors of the HTTP libraries below it through
-        raise UserError(
-            f"kagglehub could not download CIFAKE ({error}); by hand: {by_hand}"
-        ) from error
+        needs = "--download_synthetic needs `pip install kagglehub` and a network; or, by hand"
+        raise UserError(f"no CIFAKE ({error}): {needs}, {BY_HAND} {folder}") from error
     for path in fake.iterdir():
         if path.is_symlink() or not path.is_file():
-            raise UserError(f"the downloaded {path} is not a plain file: CIFAKE has no other")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(fake, partial)
-    partial.replace(folder)
+            raise UserError(f"the downloaded {path} is not a plain file")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as private:
+        os.replace(shutil.copytree(fake, Path(private, "FAKE")), folder)
 
 
 def load_noise(n: int = 50_000) -> ImageSet:
@@ -311,22 +311,11 @@ def load_noise(n: int = 50_000) -> ImageSet:
     return ImageSet(images, torch.zeros(n, dtype=torch.int64), CLASSES)
 
 
-def load_demo(part: str) -> ImageSet:
-    """The demo set: `part` is "train" or "test", in the real style, or "synthetic"."""
-    style, count, seed = {
-        "train": ("real", 3000, 1),
-        "test": ("real", 1000, 2),
-        "synthetic": ("synthetic", 3000, 3),
-    }[part]
-    images, labels = draw(style, count, seed)
-    return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), SHAPES)
-
-
 # ---------------------------------------------------------------------------------------- batches
 
 
 def normalize(images: Tensor) -> Tensor:
-    """(B, 3, H, W), 0 to 255 -> float32 in channels-last, standardised with `MEAN` and `STD`."""
+    """(B, 3, H, W), 0 to 255 -> float32, channels-last, standardised by CIFAR-10's statistics."""
     mean, std = _statistics(images.device)
     images = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
     return images.sub_(mean).div_(std)
@@ -335,7 +324,7 @@ def normalize(images: Tensor) -> Tensor:
 @functools.cache  # a copy from the host in every batch would wait for the device
 def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):  # whoever asks first, the others may use them in training
-        mean, std = 255 * torch.tensor([MEAN, STD], device=device).view(2, 3, 1, 1)
+        mean, std = 255 * torch.tensor([CIFAR10_MEAN, CIFAR10_STD], device=device).view(2, 3, 1, 1)
     return mean, std
 
 
@@ -354,11 +343,12 @@ class DeviceLoader:
 
     With `train`, the order and the draws of `augment`, one of AUGMENTATIONS, are made anew for each
     epoch, from PyTorch's CPU generator: a seed gives the same views on every device. The few images
-    left over by the last full batch sit that epoch out, so that every step has the same shapes.
-    With `mix`, one of MIXES, every batch is mixed, by shares from Beta(mix_alpha, mix_alpha), and
-    labels become shares of the classes, float32 (B, classes). Without `train`, every image comes
-    once, in order and as it is. In a job of several ranks, each gets its part of every batch, or of
-    the images that come in order. Errors: UserError if there is no full training batch.
+    left over by the last full batch sit that epoch out, so that every step has the same shapes. The
+    flips of "reflect" alternate: an image is mirrored in every other `epoch`, and `seed` decides
+    which. `mixup` or `cutmix` above 0 is the alpha that every batch is mixed with; labels are then
+    shares of the classes, float32 (B, classes). Without `train`, every image comes once, in order
+    and as it is. Each rank of a job gets its part of every batch, or of the images in order.
+    Errors: UserError if there is no full training batch.
     """
 
     def __init__(
@@ -368,43 +358,53 @@ class DeviceLoader:
         device: torch.device | str,
         train: bool,
         augment: str = "crop",
-        mix: str = "none",
-        mix_alpha: float = 1.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        seed: int = 0,
     ) -> None:
         if train:
             check_batch_size(batch_size, len(data))
         self.images, self.labels = data.images.to(device), data.labels.to(device)
         self.batch_size, self.device, self.train = batch_size, torch.device(device), train
-        self.augment, self.mix, self.mix_alpha = augment, mix, mix_alpha
-        self.classes = len(data.classes)
+        self.augment, self.alpha = augment, mixup or cutmix
+        self.mix = augmentations.mixup if mixup else augmentations.cutmix if cutmix else None
+        self.classes, self.seed, self.epoch = len(data.classes), seed, 0
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.images), self.batch_size)
         return full if self.train else full + (rest > 0)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if not self.train:
-            own = parallel.own_part(len(self.images))
-            images, labels = self.images[own], self.labels[own]
-            for i in range(0, len(images), self.batch_size):
-                batch = slice(i, i + self.batch_size)
-                yield normalize(images[batch]), labels[batch]
-            return
-        own = parallel.own_part(self.batch_size)
-        order = torch.randperm(len(self.images)).to(self.device)
-        draw, augment = AUGMENTATIONS[self.augment]
-        draws = [values.to(self.device) for values in draw(len(self.images))]
-        if self.mix != "none":
-            mixes = [x.to(self.device) for x in draw_mixes(len(self), self.mix_alpha)]
-        for i in range(len(self)):
-            first, size = i * self.batch_size, self.batch_size
-            if self.mix == "none":
-                first, size = first + own.start, own.stop - own.start
-            batch = slice(first, first + size)  # all of it where images are mixed with one another
-            index = order[batch]
-            labels = self.labels[index]
-            images = normalize(augment(self.images[index], *(values[batch] for values in draws)))
-            if self.mix != "none":
-                images, share = MIXES[self.mix](images, *(values[i] for values in mixes))
-                images, labels = images[own], mix_labels(labels, share, self.classes)[own]
+        return self._augmented() if self.train else self._in_order()
+
+    def _in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
+        own = parallel.rank_slice(len(self.images))
+        images, labels = self.images[own], self.labels[own]
+        for i in range(0, len(images), self.batch_size):
+            batch = slice(i, i + self.batch_size)
+            yield normalize(images[batch]), labels[batch]
+
+    def _augmented(self) -> Iterator[tuple[Tensor, Tensor]]:
+        n, own = len(self.images), parallel.rank_slice(self.batch_size)
+        order = torch.randperm(n)
+        draw, augment = augmentations.AUGMENTATIONS[self.augment]
+        draws = draw(n)
+        if self.augment == "reflect":
+            first = torch.rand(n, generator=torch.Generator().manual_seed(self.seed)) < 0.5
+            draws = (*draws, (first ^ (self.epoch % 2 == 1))[order])
+        mixes = augmentations.draw_mixes(len(self), self.alpha) if self.mix else ()
+        mixes = zip(*(values.to(self.device) for values in mixes), strict=True)
+        part = slice(None) if self.mix else own  # a batch is mixed as a whole, on every rank
+        order, *draws = (
+            values[: len(self) * self.batch_size]
+            .unflatten(0, (len(self), self.batch_size))[:, part]
+            .to(self.device)
+            for values in (order, *draws)
+        )
+        for index, *values in zip(order, *draws, strict=True):
+            images, labels = normalize(augment(self.images[index], *values)), self.labels[index]
+            if self.mix:
+                images, lam = self.mix(images, *next(mixes))
+                labels = augmentations.mix_labels(labels, lam, self.classes)
+                images, labels = images[own], labels[own]
             yield images, labels

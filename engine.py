@@ -1,26 +1,22 @@
-"""The inner loops, the losses and the schedules. Nothing here prints, or knows of files.
+"""The inner loops and the losses. Nothing here prints, or knows of files.
 
 The loops return plain dicts of floats. Sums are kept on the device and read when an epoch ends: the
 only places that wait for the device.
 """
 
-import copy
-import math
 import time
 import warnings
-from argparse import Namespace
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-import parallel
 from data import DeviceLoader
-from experiment import UserError
+from experiment import parallel
+from optimizers import EMA
 
 LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -38,98 +34,111 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
     return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
 
 
-def standardize(logits: Tensor) -> Tensor:
-    """Each row of (B, classes) at mean 0 and standard deviation 1, in float32.
-
-    Then a student has to match the order and the proportions of its teacher's logits, whatever
-    their size (Sun et al. 2024, arXiv 2403.01427).
-    """
-    logits = logits.float()
-    centred = logits - logits.mean(1, keepdim=True)
-    return centred / (centred.square().mean(1, keepdim=True).sqrt() + 1e-7)
-
-
 def label_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy, a scalar, and the hits, (B,) bool: learning without a teacher.
+    """Cross-entropy, a scalar, and which predictions are correct, (B,) bool: without a teacher.
 
-    logits: (B, classes); labels: int64 (B,), or shares of the classes, float (B, classes), of mixed
-    images, where the class with the largest share counts as the right one.
+    logits: (B, classes); labels: int64 (B,), or the shares of the classes, float (B, classes), of
+    mixed images, where the class with the largest share counts as the correct one.
     """
-    right = labels if labels.ndim == 1 else labels.argmax(1)
-    return F.cross_entropy(logits, labels), logits.argmax(1) == right
+    hard = labels if labels.ndim == 1 else labels.argmax(1)
+    return F.cross_entropy(logits, labels), logits.argmax(1) == hard
 
 
 class TrainStep:
-    """A step of training, `loss, hits = step(images, labels)`: forward, backward, update.
+    """A training step, `loss, matches = step(images, labels)`: forward, backward, update.
 
-    `loss_fn(images, labels)` returns the loss to minimise, a scalar, and the hits: (B,) bool, true
+    `loss_fn(images, labels)` returns the loss to minimise, a scalar, and `matches`, (B,) bool: true
     where the prediction equals its target (the label, or the teacher's choice). `amp` is the
-    autocast dtype; `after` is called when the weights are new.
+    autocast dtype; `ema` follows the weights.
 
-    A GPU is done with a step's hundreds of kernels before Python has launched them. So, with
-    `graph` and on CUDA, the steps after the first few are replays of one recorded CUDA graph, a
-    single launch (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). A graph reads
-    and writes the same memory every time: each batch is copied there and has to have the shape of
-    the first, the learning rate becomes a tensor, and `loss` and `hits` last until the next step.
-    A job of several ranks records no graph.
+    On CUDA, small networks are bound by kernel launches. After three ordinary steps the whole step
+    (forward, backward, update) is captured as a CUDA graph and replayed
+    (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). A graph reads and writes the
+    same memory every time: each batch is copied there and has to have the shape of the first, the
+    learning rate becomes a tensor, and `loss` and `matches` last until the next step. A job of
+    several ranks captures no graph.
+
+    In float16 the loss is scaled, so that small gradients do not vanish. A step whose gradients
+    overflow changes nothing but the scale, which is the state of a TrainStep; finding that out
+    waits for the device once a step, so that there is no graph either (torch.amp.GradScaler).
     """
 
-    WARM_UP = 3  # ordinary steps before the recording: cuDNN chooses, the optimizer makes its state
+    WARM_UP = 3  # ordinary steps before the capture: cuDNN chooses, the optimizer makes its state
 
     def __init__(
         self,
         loss_fn: LossFn,
         optimizer: Optimizer,
         amp: torch.dtype | None = None,
+        ema: EMA | None = None,
         graph: bool = True,
-        after: Callable[[], None] | None = None,
     ) -> None:
-        self.loss_fn, self.optimizer, self.amp, self.after = loss_fn, optimizer, amp, after
+        self.loss_fn, self.optimizer, self.amp, self.ema = loss_fn, optimizer, amp, ema
         self.device = optimizer.param_groups[0]["params"][0].device
-        self.records = graph and self.device.type == "cuda" and parallel.world_size() == 1
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == torch.float16)
+        if self.scaler.is_enabled():  # it mistakes the first skipped step for a missing one
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        self.captures = (
+            graph
+            and self.device.type == "cuda"
+            and parallel.world_size() == 1
+            and not self.scaler.is_enabled()
+        )
+        # one for all warm-up steps: memory that is freed on a stream stays with it
+        self.stream = torch.cuda.Stream(self.device) if self.captures else None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.count = 0
 
+    def state_dict(self) -> dict:
+        """The loss scale; empty but for float16."""
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore the loss scale, if this part of the run and the one before both have one."""
+        if state and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state)
+
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.records:
+        if not self.captures:
             return self._step(images, labels)
         self.count += 1
         if self.count <= self.WARM_UP:
             return self._warm_up(images, labels)
         if self.graph is None:
-            self._record(images, labels)
+            self._capture(images, labels)
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.graph.replay()
-        return self.loss, self.hits
+        return self.loss, self.matches
 
     def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
-            loss, hits = self.loss_fn(images, labels)
+            loss, matches = self.loss_fn(images, labels)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        if self.after is not None:
-            self.after()
-        return loss.detach(), hits
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)  # not where a gradient is not finite
+        before = self.scaler.get_scale()
+        self.scaler.update()
+        if self.ema is not None and self.scaler.get_scale() >= before:
+            self.ema.update()
+        return loss.detach(), matches
 
     def _warm_up(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         for group in self.optimizer.param_groups:  # a scheduler fills a tensor in place
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.device)
-        main, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            loss, hits = self._step(images, labels)
-        main.wait_stream(side)
-        return loss, hits
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            loss, matches = self._step(images, labels)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return loss, matches
 
-    def _record(self, images: Tensor, labels: Tensor) -> None:
+    def _capture(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images.clone(), labels.clone()
         self.optimizer.zero_grad(set_to_none=True)  # gradients have to live in the graph's memory
         self.graph = torch.cuda.CUDAGraph()
         # "thread_local": another thread may pin memory meanwhile, as a DataLoader's does
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.loss, self.hits = self._step(self.images, self.labels)
+            self.loss, self.matches = self._step(self.images, self.labels)
 
 
 def train_one_epoch(
@@ -137,81 +146,42 @@ def train_one_epoch(
     loader: DeviceLoader,
     step: TrainStep,
     scheduler: LambdaLR,
-    on_batch: Callable[[int, Tensor], None] | None = None,
+    on_batch: Callable[[float, Tensor], None] | None = None,
 ) -> dict[str, float]:
-    """One pass over `loader`; the rate changes after every batch.
+    """One pass over `loader`; the learning rate changes after every batch.
 
-    `on_batch(images, loss)` is told the size of each batch and this rank's loss of it; reading the
-    loss synchronises. Returns `loss` (mean), `hits` (percent) and `images_per_second`, over all
-    ranks.
+    `on_batch(fraction, loss)` gets the part of the epoch that is done and the batch's loss on this
+    rank; reading the loss synchronises. Returns `loss` (mean), `matches` (percent) and
+    `images_per_second`, over all ranks.
     """
     model.train()
     began = time.perf_counter()
-    loss_sum = torch.zeros((), device=loader.device, dtype=torch.float64)
-    hit_sum = torch.zeros((), device=loader.device, dtype=torch.int64)
+    loss_sum = torch.zeros((), device=loader.device)
+    match_sum = torch.zeros((), device=loader.device, dtype=torch.int64)
     count = 0
-    for images, labels in loader:
-        loss, hits = step(images, labels)
+    for batch, (images, labels) in enumerate(loader, start=1):
+        loss, matches = step(images, labels)
         scheduler.step()
         count += len(images)
         loss_sum += loss * len(images)
-        hit_sum += hits.sum()
+        match_sum += matches.sum()
         if on_batch is not None:
-            on_batch(len(images) * parallel.world_size(), loss)
-    sums = torch.stack([loss_sum, hit_sum.double(), torch.full_like(loss_sum, count)])
-    loss_sum, hit_sum, count = parallel.total(sums).tolist()  # waits
+            on_batch(batch / len(loader), loss)
+    parallel.average_buffers([model] if step.ema is None else [model, step.ema.model])
+    sums = torch.stack([loss_sum, match_sum.float(), torch.full_like(loss_sum, count)])
+    loss_sum, match_sum, count = parallel.all_reduce_sum(sums).tolist()  # waits
     return {
         "loss": loss_sum / count,
-        "hits": 100 * hit_sum / count,
+        "matches": 100 * match_sum / count,
         "images_per_second": count / (time.perf_counter() - began),
     }
 
 
-def distribute(model: nn.Module, sync_batchnorm: bool = False) -> nn.Module:
-    """`model` as it has to be called in training, for gradients to be averaged over the ranks.
-
-    It has the weights of `model`, which stays what is saved and tested. BatchNorm takes the
-    statistics of a rank's own part of the batch or, with `sync_batchnorm`, of the whole batch.
-    Errors: UserError, as PyTorch synchronises BatchNorm on GPUs only.
-    """
-    if parallel.world_size() == 1:
-        return model
-    if sync_batchnorm:
-        if not next(model.parameters()).is_cuda:
-            raise UserError("--sync_bn needs GPUs")
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.15 has a longer name for it
-        return DistributedDataParallel(model, broadcast_buffers=False)
-
-
-class WeightAverage:
-    """`average.model` follows `model`: an exponential moving average of its weights and statistics.
-
-    After each update it holds `decay` of what it held and 1 - decay of what `model` holds now.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
-        self.pairs = list(
-            zip(self.model.state_dict().values(), model.state_dict().values(), strict=True)
-        )
-
-    @torch.no_grad()
-    def update(self) -> None:
-        for average, now in self.pairs:
-            if average.is_floating_point():
-                average.lerp_(now, 1 - self.decay)
-            else:  # a counter
-                average.copy_(now)
-
-
 @torch.inference_mode()
 def predict(model: nn.Module, loader: DeviceLoader, amp: torch.dtype | None = None) -> Tensor:
-    """The logits of `model` in eval mode for all of `loader`, float32 (N, classes), in order.
+    """The logits of `model` in eval mode for all of `loader`, in order: float32 (N, classes), CPU.
 
-    Each rank goes through its part of the images, and gets the logits of all.
+    Each rank computes its part of the images, and gets the logits of all.
     """
     model.eval()
     logits = []
@@ -219,116 +189,32 @@ def predict(model: nn.Module, loader: DeviceLoader, amp: torch.dtype | None = No
         with torch.autocast(loader.device.type, dtype=amp, enabled=amp is not None):
             logits.append(model(images).float())
     own = torch.cat(logits or [torch.empty(0, loader.classes, device=loader.device)])
-    return parallel.all_rows(own, len(loader.labels))
+    return parallel.gather_rows(own, len(loader.labels)).cpu()
 
 
 def evaluate(
     model: nn.Module, loader: DeviceLoader, amp: torch.dtype | None = None
 ) -> dict[str, float]:
     """`loss`, the mean cross-entropy in nats, and `accuracy`, in percent, over all of `loader`."""
-    logits = predict(model, loader, amp)
-    hits = (logits.argmax(1) == loader.labels).sum().item()
-    loss = F.cross_entropy(logits.double(), loader.labels).item()
-    return {"loss": loss, "accuracy": 100 * hits / len(logits)}
+    return score(predict(model, loader, amp), loader.labels.cpu())
 
 
-def evaluate_kd(
-    student: nn.Module,
-    teacher: nn.Module,
-    loader: DeviceLoader,
-    temperature: float,
-    amp: torch.dtype | None = None,
-    standardized: bool = False,
-) -> dict[str, float]:
-    """How well a student matches its teacher: `loss`, the mean KD loss, and `agreement`, percent.
-
-    Neither needs a label or a real image, so that a recipe can be chosen by them. `standardized`:
-    the loss is that of the logits after `standardize`.
-    """
-    ours, theirs = predict(student, loader, amp), predict(teacher, loader, amp)
-    if standardized:
-        ours, theirs = standardize(ours), standardize(theirs)
-    hits = (ours.argmax(1) == theirs.argmax(1)).sum().item()
+def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """`loss`, the mean cross-entropy in nats, and `accuracy`, in percent, of (N, classes)."""
+    correct = (logits.argmax(1) == labels).sum().item()
     return {
-        "loss": kd_loss(ours, theirs, temperature).item(),
-        "agreement": 100 * hits / len(ours),
+        "loss": F.cross_entropy(logits.double(), labels).item(),
+        "accuracy": 100 * correct / len(logits),
     }
 
 
-def per_class_accuracy(
-    model: nn.Module, loader: DeviceLoader, amp: torch.dtype | None = None
-) -> list[float]:
-    """Percent of the images of each class that are classified rightly, in the order of classes."""
-    labels = loader.labels
-    right = labels[predict(model, loader, amp).argmax(1) == labels]
-    hits, counts = (torch.bincount(x, minlength=loader.classes) for x in (right, labels))
-    return (100 * hits / counts.clamp(min=1)).tolist()
+def compare(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> dict[str, float]:
+    """How well a student matches its teacher: `loss`, the mean KD loss, and `agreement`, percent.
 
-
-def build_optimizer(model: nn.Module, args: Namespace) -> Optimizer:
-    """SGD or Adam, from `optimizer`, `lr`, `momentum`, `nesterov` and `weight_decay` of `args`.
-
-    On CUDA the update is one fused kernel; on a CPU the plain loop is the fastest.
+    Neither needs a label or a real image, so that a recipe can be chosen by them.
     """
-    cuda = next(model.parameters()).is_cuda
-    if args.optimizer == "adam":
-        return torch.optim.Adam(
-            model.parameters(),
-            args.lr,
-            weight_decay=args.weight_decay,
-            fused=cuda,
-            capturable=cuda,  # it counts its steps on the device, as a CUDA graph needs it
-        )
-    return torch.optim.SGD(
-        model.parameters(),
-        args.lr,
-        momentum=args.momentum,
-        nesterov=args.nesterov,
-        weight_decay=args.weight_decay,
-        fused=cuda,
-    )
-
-
-def build_scheduler(optimizer: Optimizer, args: Namespace, total_steps: int) -> LambdaLR:
-    """A scheduler that is stepped after every batch; see `lr_factor`."""
-    return LambdaLR(
-        optimizer,
-        lambda step: lr_factor(args.scheduler, step, total_steps, args.milestones, args.gamma),
-    )
-
-
-def lr_factor(
-    name: str,
-    step: int,
-    total_steps: int,
-    milestones: tuple[float, ...] = (0.5, 0.8),
-    gamma: float = 0.1,
-) -> float:
-    """The learning rate of batch `step` (from 0), as a factor of the peak rate.
-
-    none        1 all along
-    multistep   times `gamma` at each of `milestones`, which are fractions of the run. Counted in
-                batches they keep their place in a run of any length: epochs 25 and 40 of 50, and
-                the middle of a single one
-    cosine      half a cosine from 1 to 0 (Loshchilov & Hutter 2017, arXiv 1608.03983)
-    onecycle    along cosines from 1/25 to 1 at 30 % of the run, and down to 1/250,000: PyTorch's
-                OneCycleLR with the momentum left alone (Smith & Topin 2018, arXiv 1708.07120)
-    """
-    if name == "none":
-        return 1.0
-    if name == "multistep":
-        # round: 0.8 * 19500 is 15600.000000000002; max: the first batch always has the full rate
-        drops = [max(1, math.ceil(round(fraction * total_steps, 6))) for fraction in milestones]
-        return gamma ** sum(step >= drop for drop in drops)
-    if name == "cosine":
-        return _cosine(1.0, 0.0, step / total_steps)
-    if name == "onecycle":
-        peak = max(0.0, 0.3 * total_steps - 1)
-        if step < peak:
-            return _cosine(1 / 25, 1.0, step / peak)
-        return _cosine(1.0, 1 / 250_000, min(1.0, (step - peak) / max(1.0, total_steps - 1 - peak)))
-    raise ValueError(f"unknown schedule {name!r}")
-
-
-def _cosine(start: float, end: float, fraction: float) -> float:
-    return end + (start - end) * (1 + math.cos(math.pi * fraction)) / 2
+    matches = (student_logits.argmax(1) == teacher_logits.argmax(1)).sum().item()
+    return {
+        "loss": kd_loss(student_logits, teacher_logits, temperature).item(),
+        "agreement": 100 * matches / len(student_logits),
+    }

@@ -1,40 +1,39 @@
-"""Make a network, a ResNet18 unless told otherwise, an expert on real CIFAR-10: the teacher.
+"""Step 1: make a network an expert on real CIFAR-10, the teacher.
 
-    python fine_tune_teacher_cifar10.py --epochs 15 --lr 0.001 --batch_size 128
+    python fine_tune_teacher_cifar10.py
 
-trains on the 50,000 real training images with cross-entropy, tests on the 10,000 real test images
-after every epoch, and writes teacher_cifar10_finetuned.pth when the last epoch is done. Plots,
-metrics.csv and checkpoints are in runs/teacher-001 while it runs. What was measured, and where, is
-in the README.
+trains a ResNet18, from torchvision's ImageNet weights, on the 50,000 real training images with
+cross-entropy, tests it on the 10,000 real test images after every epoch, and writes
+teacher_cifar10_finetuned.pth. Plots, metrics.csv and checkpoints are in runs/teacher-001.
 """
 
-import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-import flags
-import parallel
-from data import REAL_SETS, TEST_BATCH_SIZE, DeviceLoader, load_demo
-from engine import (
-    TrainStep,
-    WeightAverage,
-    build_optimizer,
-    build_scheduler,
-    distribute,
-    evaluate,
-    label_loss,
-    per_class_accuracy,
-    train_one_epoch,
-)
-from experiment import Progress, Run, one_line_errors, pick_device, seed_everything
-from models import ARCHITECTURES, STEMS, build_model, init_from, to_checkpoint
-from plots import plot_run
+from augmentations import AUGMENTATIONS
+from data import REAL_SETS, TEST_BATCH_SIZE, DeviceLoader, normalize
+from engine import TrainStep, evaluate, label_loss, predict, train_one_epoch
+from experiment import flags, parallel
+from experiment.device import pick_device, seed_everything
+from experiment.download import local_file, sha256
+from experiment.errors import one_line_errors
+from experiment.folder import is_new
+from experiment.folder import parse_args as parse_run_args
+from experiment.run import Run
+from models import ARCHITECTURES, STEMS, build_model, describe, init_from, whiten
+from networks.airbench import WHITENING_IMAGES
+from optimizers import EMA, build_optimizer, build_scheduler
+from plots import plot_run, save_predictions
+from synthetic_data.demo_images import load_demo
 
-# The published recipe, and the demo's.
-RECIPE = dict(epochs=15, lr=1e-3, optimizer="adam", weight_decay=0.0, scheduler="none")
+# The published recipe, and what --demo changes.
+RECIPE = dict(
+    epochs=15, batch_size=128, optimizer="adam", lr=1e-3, weight_decay=0.0, scheduler="none"
+)
+INITS = ("imagenet", "random")
 DEMO = dict(
     epochs=8,
     init="random",
@@ -46,96 +45,83 @@ DEMO = dict(
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = flags.Parser(__doc__)
-    flags.add_data_flags(parser)
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--arch",
-        choices=ARCHITECTURES,
-        default="resnet18",
-        metavar="NAME",
-        help=f"one of {', '.join(ARCHITECTURES)} [%(default)s]",
-    )
-    model.add_argument(
-        "--stem",
-        choices=STEMS,
-        default="cifar",
-        help="made for 32x32 pictures, or torchvision's own for 224x224 [%(default)s]",
-    )
-    model.add_argument(
+    flags.add_data_flags(parser, DEMO)
+    flags.add_model_flags(parser, ARCHITECTURES, STEMS).add_argument(
         "--init",
         default="imagenet",
         metavar="START",
-        help="imagenet: torchvision's IMAGENET1K_V1; random; or the path of a weight file for "
-        "torchvision's network [%(default)s]",
+        help="imagenet: torchvision's IMAGENET1K_V1; random; or the path or URL of a weight file "
+        "(URL#sha256=HEX is checked) [%(default)s]",
     )
-    flags.add_optimisation_flags(parser, **RECIPE)
-    flags.add_augmentation_flags(parser)
+    flags.add_optimisation_flags(parser, RECIPE)
+    flags.add_augmentation_flags(parser, tuple(AUGMENTATIONS))
     flags.add_run_flags(parser, "teacher", "teacher_cifar10_finetuned.pth")
-    return flags.parse(parser, argv, "teacher", DEMO)
+    return parse_run_args(parser, argv, "teacher", DEMO)
 
 
 def main(args: Namespace) -> None:
-    device, amp = pick_device(args.device, args.amp)
-    parallel.start(device)
+    device, amp = pick_device(args.device, args.amp, args.sync_bn)
+    parallel.init_process_group(device)
 
     # data
-    with parallel.leader_first():
+    with parallel.rank_zero_first():
         if args.demo:
             train_set, test_set = load_demo("train"), load_demo("test")
         else:
             load = REAL_SETS[args.dataset]
             train_set, test_set = load(args.data_dir, train=True), load(args.data_dir, train=False)
     train_set, test_set = train_set.first(args.limit), test_set.first(args.limit)
-    views = {"augment": args.augment, "mix": args.mix, "mix_alpha": args.mix_alpha}
-    train_loader = DeviceLoader(train_set, args.batch_size, device, train=True, **views)
+    augmentation = dict(augment=args.augment, mixup=args.mixup, cutmix=args.cutmix, seed=args.seed)
+    train_loader = DeviceLoader(train_set, args.batch_size, device, train=True, **augmentation)
     test_loader = DeviceLoader(test_set, TEST_BATCH_SIZE, device, train=False)
 
     # model, optimizer, scheduler
     seed_everything(args.seed)
     teacher = build_model(args.arch, args.stem, len(test_set.classes))
-    with parallel.leader_first():
-        print(f"start: {init_from(teacher, args.init)}", flush=True)
+    extra = {}
+    if is_new(args):
+        with parallel.rank_zero_first():
+            start = args.init
+            if start not in INITS:
+                start = local_file(start)
+                extra["init_sha256"] = sha256(start)
+            print(f"start: {init_from(teacher, start)}", flush=True)
+        if args.init == "random":
+            whiten(teacher, normalize(train_set.images[:WHITENING_IMAGES]))
     teacher.to(device)
-    distributed = distribute(teacher, args.sync_bn)  # `teacher` itself, but with torchrun
+    distributed = parallel.distribute(teacher, args.sync_bn)  # `teacher` itself without torchrun
     optimizer = build_optimizer(teacher, args)
     scheduler = build_scheduler(optimizer, args, args.epochs * len(train_loader))
+    ema = EMA(teacher, args.ema)  # ema.model is `teacher` itself without --ema
 
     def loss_fn(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return label_loss(distributed(images), labels)
 
-    # the run
-    average = WeightAverage(teacher, args.ema) if args.ema else None
-    shown, trained = (average.model, teacher) if average else (teacher, None)
-    step = TrainStep(loss_fn, optimizer, amp, not args.no_graph, average and average.update)
-    run = Run(args, "teacher", {"train_images": len(train_set), "test_images": len(test_set)})
-    first_epoch = run.restore(shown, optimizer, scheduler, trained)
-    progress = Progress(first_epoch, args.epochs, len(train_loader) * args.batch_size)
-    with run:
-        for epoch in range(first_epoch, args.epochs + 1):
-            began, lr = time.perf_counter(), float(scheduler.get_last_lr()[0])
-            seed_everything(args.seed, epoch)
-            train = train_one_epoch(teacher, train_loader, step, scheduler, progress.on_batch)
-            parallel.average_statistics(teacher, shown)
-            test = evaluate(shown, test_loader, amp)
-            row = {
-                "epoch": epoch,
-                "lr": lr,
-                "train_loss": train["loss"],
-                "train_accuracy": train["hits"],
-                "test_loss": test["loss"],
-                "test_accuracy": test["accuracy"],
-                "seconds": time.perf_counter() - began,
-                "images_per_second": train["images_per_second"],
-            }
-            checkpoint = to_checkpoint(shown, test_set.classes)
-            if run.record(row, checkpoint, optimizer, scheduler, trained):
-                plot_run(run.folder)
-            progress.epoch(row)
-        progress.close()
-        per_class = per_class_accuracy(shown, test_loader, amp)
-        run.finish(to_checkpoint(shown, test_set.classes), per_class)
-        if parallel.leads():
-            plot_run(run.folder)
+    # the run: config.json, metrics.csv, checkpoints and plots in runs/teacher-001
+    step = TrainStep(loss_fn, optimizer, amp, ema, graph=not args.no_cuda_graph)
+    state = dict(model=ema.model, trained=teacher, ema=ema, step=step)
+    state |= dict(optimizer=optimizer, scheduler=scheduler)
+    about = describe(teacher, test_set.classes)
+    must_match = {"train_images": len(train_set), "test_images": len(test_set)}
+    with Run(args, "teacher", state, about, device, amp, must_match, plot_run, **extra) as run:
+        for epoch in run.epochs():
+            train_loader.epoch = epoch
+            train = train_one_epoch(teacher, train_loader, step, scheduler, run.on_batch)
+            final = epoch == args.epochs  # tested in float32, whatever the training was in
+            test = evaluate(ema.model, test_loader, None if final else amp)
+            run.log(
+                {
+                    "train_loss": train["loss"],
+                    "train_accuracy": train["matches"],
+                    "test_loss": test["loss"],
+                    "test_accuracy": test["accuracy"],
+                    "images_per_second": train["images_per_second"],
+                }
+            )
+        logits = predict(ema.model, test_loader)
+        if parallel.is_rank_zero():
+            save_predictions(run.folder, test_set, logits)
+        run.finish()
 
 
 if __name__ == "__main__":

@@ -13,86 +13,64 @@ Weight files are only ever loaded with `weights_only=True`: a file from a strang
 
 import functools
 import hashlib
+import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
-from experiment import UserError, load
-from wide_resnet import WideResNet
+from experiment.errors import UserError
+from experiment.files import load
+from networks.airbench import WIDTHS, Airbench
+from networks.cifar_stems import CIFAR_STEMS, use_cifar_stem
+from networks.wide_resnet import WideResNet
 
 STEMS = ("cifar", "imagenet")
-HEADS = ("fc.", "classifier.")  # where the names of the last layers' weights begin
+HEADS = ("fc.", "classifier.", "head.")  # the names of the last layers' weights start with these
 
 
 def build_model(arch: str = "resnet18", stem: str = "cifar", num_classes: int = 10) -> nn.Module:
     """A randomly initialised network, one of ARCHITECTURES: (B, 3, H, W) -> (B, num_classes).
 
-    The stem "imagenet" is torchvision's own, which halves the picture two to five times before it
-    is small enough: a ResNet's blocks see 32x32 pictures at 8x8. The stem "cifar" is for 32x32, see
-    the functions below. Errors: UserError for the ImageNet stem of a wide ResNet.
+    The stem "imagenet" is torchvision's own for 224x224: a ResNet's blocks see 32x32 images at 8x8.
+    The stem "cifar" is for 32x32, see networks/cifar_stems.py. Errors: UserError for the ImageNet
+    stem of a network that has none.
     """
-    width = {f"wrn_{depth}_{width}": (depth, width) for depth, width in WIDE_RESNETS}
-    if arch in width:
+    if arch in FOR_32X32:
         if stem != "cifar":
-            raise UserError(f"{arch} is made for 32x32 pictures: it has the cifar stem only")
-        model = WideResNet(*width[arch], num_classes)
+            raise UserError(f"{arch} is made for 32x32 images: it needs --stem cifar")
+        model = FOR_32X32[arch](num_classes=num_classes)
     else:
         model = torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
         if stem == "cifar":
-            FOR_CIFAR[arch](model)
+            use_cifar_stem(model, arch)
     model.spec = {"arch": arch, "stem": stem, "num_classes": num_classes}
     return model.to(memory_format=torch.channels_last)
 
 
-def _small_resnet(model: nn.Module) -> None:
-    """A 3x3 convolution of stride 1 and no pooling (He et al. 2016, arXiv 1512.03385, sec. 4.2)."""
-    model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    model.maxpool = nn.Identity()
+FOR_32X32 = {
+    f"wrn_{depth}_{width}": functools.partial(WideResNet, depth, width)
+    for depth, width in ((40, 2), (16, 2), (40, 1), (16, 1), (16, 4))
+} | {name: functools.partial(Airbench, widths) for name, widths in WIDTHS.items()}
+ARCHITECTURES = (*CIFAR_STEMS, *FOR_32X32)
 
 
-def _small_vgg(model: nn.Module) -> None:
-    """One linear layer on the 512 channels that five poolings leave at 1x1, instead of three.
+def whiten(model: nn.Module, images: Tensor) -> None:
+    """Set the whitening filters of an airbench network; other networks are left alone.
 
-    As in the tables of data-free distillation (Fang et al. 2021, arXiv 2105.08584).
+    images: normalised, (N, 3, 32, 32), the first WHITENING_IMAGES of those that it will train on.
     """
-    model.avgpool = nn.AdaptiveAvgPool2d(1)
-    model.classifier = nn.Linear(512, model.classifier[-1].out_features)
-    nn.init.normal_(model.classifier.weight, 0, 0.01)
-    nn.init.zeros_(model.classifier.bias)
-
-
-def _small_mobilenet(model: nn.Module) -> None:
-    """Stride 1 in the first convolution and the second stage: 4x4 at the end instead of 1x1."""
-    model.features[0][0].stride = (1, 1)
-    model.features[2].conv[1][0].stride = (1, 1)
-
-
-def _small_shufflenet(model: nn.Module) -> None:
-    """Stride 1 in the first convolution and no pooling: 4x4 at the end instead of 1x1."""
-    model.conv1[0].stride = (1, 1)
-    model.maxpool = nn.Identity()
-
-
-FOR_CIFAR = {
-    "resnet18": _small_resnet,
-    "resnet34": _small_resnet,
-    "resnet50": _small_resnet,
-    "vgg11_bn": _small_vgg,
-    "mobilenet_v2": _small_mobilenet,
-    "shufflenet_v2_x1_0": _small_shufflenet,
-}
-WIDE_RESNETS = ((40, 2), (16, 2), (40, 1), (16, 1), (16, 4))  # depth and width
-ARCHITECTURES = (*FOR_CIFAR, *(f"wrn_{depth}_{width}" for depth, width in WIDE_RESNETS))
+    if isinstance(model, Airbench):
+        model.whiten(images)
 
 
 class Ensemble(nn.Module):
     """Several networks that teach as one: (B, C, H, W) -> the mean of their logits, (B, classes).
 
-    In float32. The softened mean is the normalised geometric mean of what each would say (Hinton,
-    Vinyals & Dean 2015, arXiv 1503.02531, section 1).
+    In float32. Hinton, Vinyals & Dean 2015, arXiv 1503.02531, section 1: the softened mean is the
+    normalised geometric mean of the members' softened outputs.
     """
 
     def __init__(self, members: list[nn.Module]) -> None:
@@ -103,10 +81,11 @@ class Ensemble(nn.Module):
         return torch.stack([member(images).float() for member in self.members]).mean(0)
 
 
-def cast_once(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Keep the weights that autocast to `dtype` would cast anew in every step as what it makes.
+def cast_weights_(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Store the convolutions and linear layers of a frozen network in `dtype`, if there is one.
 
-    For a frozen network: it computes the same to the last bit, with twenty kernels less a step.
+    Autocast then need not cast them in every step. The output is bit-identical; afterwards the
+    network only runs under autocast to `dtype`.
     """
     for module in model.modules():
         if dtype is not None and isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -121,92 +100,86 @@ def checksum(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+# ------------------------------------------------------------------------------------ checkpoints
+
+
+def describe(model: nn.Module, classes: tuple[str, ...]) -> dict:
+    """What a checkpoint says beside the weights; `classes` are the names of the outputs."""
+    return {**model.spec, "classes": list(classes)}
+
+
 def to_checkpoint(model: nn.Module, classes: tuple[str, ...]) -> dict:
-    """What `load_model` rebuilds `model` from; `classes` are the names of its outputs, in order."""
-    return {**model.spec, "classes": list(classes), "model": model.state_dict()}
+    """What `load_model` rebuilds `model` from."""
+    return {**describe(model, classes), "model": model.state_dict()}
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """The state dict in a weight file, and all that the file says beside it. Errors: UserError.
+    """The state dict in a weight file, and the checkpoint around it, or {}.
 
-    The file is one of our checkpoints, or a bare state dict, which says nothing of itself.
+    It is under "model" in our checkpoints and under "state_dict" in timm's. The prefixes that
+    DataParallel and torch.compile put before each name are removed. Errors: UserError.
     """
     checkpoint = load(path)
-    weights = checkpoint.get("model", checkpoint)
+    weights = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
     named = isinstance(weights, dict) and all(isinstance(key, str) for key in weights)
     if not named or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{path} holds no network: there is no state dict in it")
-    return weights, {} if weights is checkpoint else checkpoint
+    for key, value in weights.items():
+        dense = value.layout == torch.strided and not value.is_meta and not value.is_nested
+        if not dense or not (value.is_floating_point() or value.dtype == torch.int64):
+            raise UserError(f"{path}: {key} is not a dense tensor of real numbers")
+    around = {} if weights is checkpoint else checkpoint
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", key): weights[key] for key in weights}, around
 
 
-def load_model(path: str | Path, **expected: str | int | list[str]) -> nn.Module:
+def load_model(path: str | Path, **expected: int | list[str]) -> nn.Module:
     """Rebuild the network of a weight file, on the CPU and in eval mode.
 
-    `expected` names what the file has to match of `arch`, `stem`, `num_classes` and `classes`. What
-    the file does not say itself is read off the shapes of its tensors; unnamed classes match any.
-    Errors: UserError, which says what was expected and what was found.
+    Our checkpoints say which network they hold; any other is recognised by its tensors' shapes.
+    `expected` holds the `num_classes` or the `classes` that the file has to have, if it names them.
+    Errors: UserError.
     """
     weights, said = read_weights(path)
-    hint = {**expected, **said}
-    spec = _recognise(weights, hint)
-    if spec is None:
-        if hint.get("arch") in list(ARCHITECTURES) and hint.get("stem") in STEMS:
-            likely = (hint["arch"], hint["stem"], _outputs(weights))
-            _refuse_misfits(likely, weights, path)
-        raise UserError(f"{path}: expected one of {', '.join(ARCHITECTURES)}, found none of them")
-    found = {**spec, **said}
+    if "stem" not in said:
+        said = _recognise(weights, path)
+    spec = arch, stem, num_classes = [said.get(key) for key in ("arch", "stem", "num_classes")]
+    known = arch in ARCHITECTURES and stem in STEMS and isinstance(num_classes, int)
+    if not known or not 0 < num_classes < 10**5:
+        raise UserError(f"{path} holds a network that is not known here: {arch}, stem {stem}")
     for key, value in expected.items():
-        if found.get(key, value) != value:
-            raise UserError(f"{path}: expected {key} {value}, found {found[key]}")
-    for key, value in spec.items():
-        if found[key] != value:
-            raise UserError(f"{path} says that its {key} is {found[key]}, but it is {value}")
-    model = build_model(**spec)
-    model.load_state_dict(weights)
+        if said.get(key, value) != value:
+            raise UserError(f"{path}: expected {key} {value}, found {said[key]}")
+    model = build_model(*spec)
+    _load_weights(model, weights, path)
     return model.eval()
 
 
-def _recognise(weights: dict[str, Tensor], hint: dict) -> dict | None:
-    """The network that a state dict fits: that of `hint`, or else any; None if there is none.
+def _recognise(weights: dict[str, Tensor], path: str | Path) -> dict:
+    """The first network in ARCHITECTURES that a state dict fits. Errors: UserError.
 
-    MobileNetV2 and ShuffleNetV2 have the same shapes with either stem, as strides leave no trace in
-    a state dict: without a hint, these are taken for the first of STEMS.
+    MobileNetV2 and ShuffleNetV2 have the same shapes with either stem: the CIFAR one is taken.
     """
-    shapes = {key: tuple(value.shape) for key, value in weights.items()}
-    specs = [
-        {"arch": arch, "stem": stem, "num_classes": _outputs(weights)}
-        for arch in ARCHITECTURES
-        for stem in STEMS
-        if _outputs(weights) and (stem == "cifar" or arch in FOR_CIFAR)
-    ]
-    specs.sort(key=lambda spec: sum(hint.get(key) != value for key, value in spec.items()))
-    return next((spec for spec in specs if _shapes(*spec.values()) == shapes), None)
+    heads = [len(w) for key, w in weights.items() if key.startswith(HEADS) and w.ndim == 2]
+    for arch in ARCHITECTURES if heads else ():
+        for stem in STEMS if arch in CIFAR_STEMS else ("cifar",):
+            with torch.device("meta"):  # no memory, and no random numbers are drawn
+                model = build_model(arch, stem, heads[-1])
+            with suppress(UserError):
+                _load_weights(model, weights, path, assign=True)
+                return model.spec
+    raise UserError(f"{path} fits none of the networks {', '.join(ARCHITECTURES)}")
 
 
-def _outputs(weights: dict[str, Tensor]) -> int:
-    """How many classes a state dict tells apart."""
-    heads = sorted(key for key in weights if key.startswith(HEADS) and key.endswith("bias"))
-    return weights[heads[-1]].numel() if heads else 0
-
-
-@functools.cache
-def _shapes(arch: str, stem: str, num_classes: int) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):  # no memory, and no random numbers are drawn
-        state = build_model(arch, stem, num_classes).state_dict()
-    return {key: tuple(value.shape) for key, value in state.items()}
-
-
-def _refuse_misfits(
-    spec: tuple[str, str, int], weights: dict[str, Tensor], source: str | Path
+def _load_weights(
+    model: nn.Module, weights: dict[str, Tensor], path: str | Path, assign: bool = False
 ) -> None:
-    """Errors: UserError that names the first tensor which is not that of the network `spec`."""
-    own = _shapes(*spec)
-    for key in sorted(own.keys() | weights.keys()):
-        expected = own.get(key, "nothing")
-        found = tuple(weights[key].shape) if key in weights else "nothing"
-        if expected != found:
-            name = f"{spec[0]} with the {spec[1]} stem"
-            raise UserError(f"{source} is no {name}: {key}: expected {expected}, found {found}")
+    """Errors: UserError that gives one reason why the weights do not fit."""
+    try:
+        model.load_state_dict(weights, assign=assign)
+    except (RuntimeError, IndexError) as error:  # IndexError: of a counter without an element
+        reason = str(error).splitlines()[-1].strip()
+        network = f"{model.spec['arch']} with the {model.spec['stem']} stem"
+        raise UserError(f"{path} is no {network}: {reason[:200]}") from error
 
 
 def init_from(model: nn.Module, source: str) -> str:
@@ -217,42 +190,30 @@ def init_from(model: nn.Module, source: str) -> str:
     """
     if source == "random":
         return "random weights"
-    arch = model.spec["arch"]
-    weights = _imagenet_weights(arch) if source == "imagenet" else read_weights(source)[0]
-    own, weights = model.state_dict(), dict(weights)
-    for key in own:
-        if key.endswith("num_batches_tracked"):  # files from before PyTorch 0.4.1 lack these
-            weights.setdefault(key, own[key])
-
-    cropped, conv1 = "", own.get("conv1.weight")
-    stem = weights.get("conv1.weight", conv1)
-    if conv1 is not None and (stem.shape[2:], conv1.shape[2:]) == ((7, 7), (3, 3)):
-        weights["conv1.weight"] = stem[:, :, 2:5, 2:5]
-        cropped = ", conv1 from the centre of its 7x7 kernels"
-    heads = {key for key in own.keys() | weights.keys() if key.startswith(HEADS)}
-    fits = all(_same_shape(own, weights, key) for key in heads)
-    new = [] if fits else sorted(heads & own.keys(), reverse=True)
-    weights = {key: value for key, value in weights.items() if fits or key not in heads}
-    weights |= {key: own[key] for key in new}
-
-    _refuse_misfits(tuple(model.spec.values()), weights, source)
-    model.load_state_dict(weights)
+    weights = _imagenet_weights(model) if source == "imagenet" else read_weights(source)[0]
+    own, cropped = model.state_dict(), ""
+    if "conv1.weight" in own.keys() & weights.keys():
+        kernels = weights["conv1.weight"]
+        if (kernels.shape[2:], own["conv1.weight"].shape[2:]) == ((7, 7), (3, 3)):
+            weights["conv1.weight"] = kernels[:, :, 2:5, 2:5]
+            cropped = ", conv1 from the centre of its 7x7 kernels"
+    head, other = (
+        {key: value.shape for key, value in state.items() if key.startswith(HEADS)}
+        for state in (own, weights)
+    )
+    new = {} if head == other else {key: own[key] for key in head}
+    body = {key: value for key, value in weights.items() if not new or key not in other}
+    _load_weights(model, body | new, source)
     taken = f"{len(own) - len(new)} of {len(own)} tensors from {source}{cropped}"
     return f"{taken}; new: {', '.join(new) or 'none'}"
 
 
-def _same_shape(a: dict[str, Tensor], b: dict[str, Tensor], key: str) -> bool:
-    return key in a and key in b and a[key].shape == b[key].shape
-
-
-def _imagenet_weights(arch: str) -> dict[str, Tensor]:
-    if arch not in FOR_CIFAR:
+def _imagenet_weights(model: nn.Module) -> dict[str, Tensor]:
+    if (arch := model.spec["arch"]) not in CIFAR_STEMS:
         raise UserError(f"torchvision has no ImageNet weights of {arch}: use --init random")
     weights = torchvision.models.get_model_weights(arch).IMAGENET1K_V1
     try:
-        return weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:  # no network, or a download cut short
-        raise UserError(
-            f"torchvision's ImageNet weights cannot be downloaded ({error}); use --init random, or "
-            f"--init PATH with a weight file for torchvision's {arch}"
-        ) from error
+        return dict(weights.get_state_dict(progress=False, check_hash=True))
+    except Exception as error:  # no network, or a download cut short
+        hint = "use --init random, or --init PATH with torchvision's file"
+        raise UserError(f"{arch}'s weights cannot be downloaded ({error}); {hint}") from error

@@ -20,21 +20,23 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from experiment import flags
+from experiment.errors import one_line_errors
+from experiment.files import load
+from experiment.folder import read_config
+from plots import read_metrics
+
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-
-import flags  # noqa: E402
-from experiment import load, one_line_errors, read_config  # noqa: E402
-from plots import read_metrics  # noqa: E402
-
 SCRIPTS = ("fine_tune_teacher_cifar10.py", "main_train_cifar10.py")
 SIZE = "--demo --epochs 6 --limit 128 --batch_size 32 --device cpu".split()
-# Files are written after every epoch here, not every ten seconds: more moments to be hit in.
+# Files are written after every epoch here, not once a minute: more moments to be hit in.
 DRIVER = (
-    "import runpy, sys, experiment; experiment.SAVE_EVERY = 0; "
+    "import runpy, sys, experiment.run; experiment.run.SAVE_EVERY = 0; "
     "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 
@@ -51,8 +53,9 @@ def start(script: str, argv: Sequence[str], folder: Path) -> subprocess.Popen:
         )
 
 
-def being_written(folder: Path) -> bool:
-    return any(folder.rglob("*.tmp"))
+def half_written(folder: Path) -> set[Path]:
+    """Temporary files; a killed process leaves those that it was writing."""
+    return set(folder.rglob("*.tmp"))
 
 
 def kill(process: subprocess.Popen, folder: Path, after: float, in_a_write: bool) -> str | None:
@@ -60,16 +63,16 @@ def kill(process: subprocess.Popen, folder: Path, after: float, in_a_write: bool
 
     None if the process had ended by itself.
     """
-    deadline = time.monotonic() + after
+    deadline, before = time.monotonic() + after, half_written(folder)
     while process.poll() is None and time.monotonic() < deadline:
-        if in_a_write and being_written(folder):
+        if in_a_write and half_written(folder) - before:
             break
         time.sleep(0.0005)
     if process.poll() is not None:
         return None
     process.kill()
     process.wait()
-    if being_written(folder):
+    if half_written(folder) - before:
         return "writing a file"
     return "training" if (folder / "run" / "config.json").exists() else "starting"
 
@@ -143,8 +146,8 @@ def broken(
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = flags.Parser(__doc__)
     add = parser.add_argument
-    add("--kills", type=flags.whole(1, 10**6), default=100, help="in all [%(default)s]")
-    add("--seed", type=flags.whole(0, 2**32 - 1), default=0, help="of the moments [%(default)s]")
+    add("--kills", type=flags.int_in(1, 10**6), default=100, help="in all [%(default)s]")
+    add("--seed", type=flags.int_in(0, 2**32 - 1), default=0, help="of the moments [%(default)s]")
     add("--scripts", nargs="+", choices=SCRIPTS, default=SCRIPTS, help="[both]")
     return parser.parse_args(argv)
 

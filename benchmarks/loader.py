@@ -1,15 +1,15 @@
-"""Images a second that folders.FolderLoader decodes, beside torchvision's reference transforms.
+"""Images a second that imagenet/loader.py decodes, beside torchvision's reference transforms.
 
     python benchmarks/loader.py                     # on a CPU, three minutes
     python benchmarks/loader.py --workers 4 8 16    # beside a GPU
     python benchmarks/loader.py --train_rate 5000   # instead of measuring a step
 
 "reference" is the preset of torchvision's references/classification: a worker decodes the whole
-picture with PIL, cuts, resizes and mirrors it there, and normalises it as float32. "ours" decodes a
-JPEG at reduced size where that is enough, cuts before anything else, resizes uint8 tensors, and
-leaves the normalising to the device. Batches arrive on the device, normalised, and nothing learns
-from them. The two take turns epoch by epoch on the same made files, which stay in the page cache:
-no disk is measured. Ratios are taken within a turn.
+picture with PIL, crops, resizes and mirrors it there, and normalises it as float32. "ours" decodes
+a JPEG at reduced size where that is enough, crops before anything else, resizes uint8 tensors, and
+leaves normalising to the device. Batches arrive on the device, normalised, and nothing learns from
+them. The two take turns epoch by epoch on the same made files, which stay in the page cache: no
+disk is measured. Ratios are taken within a turn.
 
 A training step of distillation, ResNet18 from ResNet18, is timed on the same device, without a
 loader: the slower of the two is the bottleneck. Prints tables; writes results/loader/DEVICE.json.
@@ -25,26 +25,29 @@ from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.models import resnet18
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch.utils.data import DataLoader, Dataset  # noqa: E402
-from torchvision import transforms  # noqa: E402
-from torchvision.models import resnet18  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import flags  # noqa: E402
-import folders  # noqa: E402
-from engine import TrainStep, kd_loss  # noqa: E402
-from experiment import one_line_errors, pick_device, replacing, surroundings  # noqa: E402
-from folders import FolderLoader  # noqa: E402
-from listings import ImageFiles, list_images  # noqa: E402
+from engine import TrainStep, kd_loss
+from experiment import flags
+from experiment.device import pick_device
+from experiment.errors import one_line_errors
+from experiment.files import atomic_write
+from experiment.folder import provenance
+from imagenet.index import ImageFiles, list_images
+from imagenet.loader import IMAGENET_MEAN, IMAGENET_STD, FolderLoader, opened, random_view
 
 # Width, height and quality of the JPEGs: a typical photo of ImageNet, and a picture of SDXL's size.
 SIZES = {"500x375": (500, 375, 93), "1024x1024": (1024, 1024, 80)}
 BATCH = 32
+VIEWS = 200  # of which one is timed by the median
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "loader"
 
 
 class Reference(Dataset):
@@ -58,7 +61,7 @@ class Reference(Dataset):
                 transforms.RandomHorizontalFlip(),
                 transforms.PILToTensor(),
                 transforms.ConvertImageDtype(torch.float),
-                transforms.Normalize(folders.MEAN, folders.STD),
+                transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
             ]
         )
 
@@ -125,7 +128,7 @@ def spread(values: list[float]) -> list[float]:
 def compare(files: ImageFiles, workers: int, turns: int, device: torch.device) -> dict:
     """Both ways in turn: `rate`, images a second, and `ratio`, as [median, min, max]."""
     loaders = {way: build(files, workers, device) for way, build in WAYS.items()}
-    for loader in loaders.values():  # starts the workers, who live on
+    for loader in loaders.values():  # starts the workers, which stay
         epoch_rate(loader, device)
     rates = [
         {way: epoch_rate(loader, device) for way, loader in loaders.items()} for _ in range(turns)
@@ -138,16 +141,16 @@ def compare(files: ImageFiles, workers: int, turns: int, device: torch.device) -
 
 
 def view_milliseconds(files: ImageFiles) -> dict[str, float]:
-    """Milliseconds of a core for a random view, reduced and not, in turns; medians of 200.
+    """Milliseconds of a core for a random view, reduced and not, in turns; medians of VIEWS.
 
-    Processor time: on a machine with other work, a core's and not what was left of it.
+    Processor time, which other work on the machine does not change.
     """
     seconds = {"reduced": [], "full": []}
-    for seed in range(200):
+    for seed in range(VIEWS):
         for way, times in seconds.items():
             began = time.process_time()
-            with folders.opened(files.path(seed % len(files))) as picture:
-                folders.random_view(picture, 224, seed, reduced=way == "reduced")
+            with opened(files.path(seed % len(files))) as picture:
+                random_view(picture, 224, seed, reduced=way == "reduced")
             times.append(time.process_time() - began)
     return {way: 1e3 * statistics.median(times) for way, times in seconds.items()}
 
@@ -207,18 +210,19 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = flags.Parser(__doc__)
     add = parser.add_argument
     add("--device", type=flags.device, default="auto", help="as in the scripts [%(default)s]")
-    add("--workers", type=flags.whole(0, 256), nargs="+", default=[0, 1, 2], help="[0 1 2]")
-    add("--turns", type=flags.whole(1, 1000), default=5, help="epochs of each way [%(default)s]")
-    add("--images", type=flags.whole(40, 10**6), default=320, help="an epoch [%(default)s]")
-    add("--train_rate", type=flags.number(0, 1e9, above=True), help="images/s [measured]")
-    add("--output", type=Path, default=REPOSITORY / "results" / "loader", help="[results/loader]")
+    add("--workers", type=flags.int_in(0, 256), nargs="+", default=[0, 1, 2], help="[0 1 2]")
+    add("--turns", type=flags.int_in(1, 1000), default=5, help="epochs of each way [%(default)s]")
+    add("--images", type=flags.int_in(40, 10**6), default=320, help="an epoch [%(default)s]")
+    add("--train_rate", type=flags.float_in(0, 1e9, above=True), help="images/s [measured]")
+    add("--output", type=Path, default=RESULTS, help="[results/loader]")
     return parser.parse_args(argv)
 
 
 def main(args: Namespace) -> None:
     device, amp = pick_device(args.device, "auto")
     torch.set_num_threads(1)  # as every worker has
-    results = {**surroundings(str(device)), "turns": args.turns, "sizes": {}}
+    results = {**provenance(device, amp), "turns": args.turns, "sizes": {}}
+    del results["from_epoch"]  # nothing is trained
     for name, size in SIZES.items():
         with tempfile.TemporaryDirectory() as made:
             files = make_photos(Path(made), *size, args.images)
@@ -234,7 +238,7 @@ def main(args: Namespace) -> None:
     report(results)
     args.output.mkdir(parents=True, exist_ok=True)
     name = "cpu" if device.type == "cpu" else results["hardware"].replace(" ", "_")
-    with replacing(args.output / f"{name}.json") as file:
+    with atomic_write(args.output / f"{name}.json") as file:
         file.write((json.dumps(results, indent=2) + "\n").encode())
     print(f"written: {args.output / name}.json")
 

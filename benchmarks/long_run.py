@@ -13,12 +13,11 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import experiment  # noqa: E402
-import flags  # noqa: E402
-import main_train_cifar10 as student_script  # noqa: E402
+import main_train_cifar10 as student_script
+from experiment import flags, run
+from experiment.errors import one_line_errors
 
 
 def resident_mb() -> float:
@@ -28,33 +27,33 @@ def resident_mb() -> float:
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = flags.Parser(__doc__)
-    parser.add_argument("--epochs", type=flags.whole(1, 10**5), default=200, help="[%(default)s]")
-    parser.add_argument("--every", type=flags.whole(1, 10**5), default=10, help="[%(default)s]")
+    parser.add_argument("--epochs", type=flags.int_in(1, 10**5), default=200, help="[%(default)s]")
+    parser.add_argument("--every", type=flags.int_in(1, 10**5), default=10, help="[%(default)s]")
     return parser.parse_args(argv)
 
 
 def main(args: Namespace) -> None:
-    experiment.SAVE_EVERY = 0
+    run.SAVE_EVERY = 0
     epochs, evaluate = 0, student_script.evaluate
 
-    def counted(*given):  # called once before training, for the teacher, and once an epoch
+    def counted(*given):  # called once an epoch
         nonlocal epochs
-        result = evaluate(*given)
-        if epochs and epochs % args.every == 0:
+        epochs += 1
+        if epochs % args.every == 0:
             files = len(os.listdir("/proc/self/fd"))
             print(f"{epochs}, {resident_mb():.0f} MB, {files}", file=sys.stderr)
-        epochs += 1
-        return result
+        return evaluate(*given)
 
     student_script.evaluate = counted
     print("epoch, resident, open files", file=sys.stderr)
     argv = f"--demo --epochs {args.epochs} --limit 64 --batch_size 32 --teacher_weights random"
     with tempfile.TemporaryDirectory() as folder:
+        before = Path.cwd()
         os.chdir(folder)
         student_script.main(student_script.parse_args([*argv.split(), "--device", "cpu"]))
-        os.chdir(REPOSITORY)
+        os.chdir(before)
 
 
 if __name__ == "__main__":
-    with experiment.one_line_errors():
+    with one_line_errors():
         main(parse_args())

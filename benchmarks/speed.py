@@ -1,19 +1,26 @@
 """How fast a KD epoch is, beside the ordinary way to write one, measured in turn in the same run.
 
-    python benchmarks/speed.py --quick    # two or three minutes on two CPU cores
-    python benchmarks/speed.py            # the full sizes: for a GPU
-    python benchmarks/speed.py --whole    # the published experiment: both scripts, start to exit
+    python benchmarks/speed.py --quick        # two or three minutes on two CPU cores
+    python benchmarks/speed.py                # the full sizes: for a GPU
+    python benchmarks/speed.py --whole        # the published experiment: both scripts, whole
+    python benchmarks/speed.py --cpu_recipe   # hours of two whole recipes on a CPU, extrapolated
 
 "plain" is the usual tutorial: PIL decodes and torchvision's transforms augment in the two workers
-of a DataLoader, float32, channels-first, eager, `.item()` in every step. "ours" is what
-main_train_cifar10.py does, through the very same functions. On a GPU there are also "ours, no
-graph" (every kernel launched from Python) and "ours, compiled" (networks through torch.compile,
-then the graph); on a CPU "ours, bf16" (with --amp bf16, which is the default on a GPU). Networks,
-data, batch size, loss and optimizer are the same. Each way lives in a process of its own, and they
-take turns epoch by epoch, so that a machine that slows down slows all. Ratios are taken within a
-turn. An epoch is training and a test on a fifth as many images.
+of a DataLoader, float32, channels-first, eager, `.item()` in every step. "ours" is what the scripts
+do by default, through the very same functions. On a GPU there are also "ours, no graph" (every
+kernel launched from Python) and "ours, compiled" (networks through torch.compile, then the graph);
+on a CPU whose default is bfloat16 also "ours, float32". Networks, data, batch size, loss and
+optimizer are the same. Each way lives in a process of its own, and they take turns epoch by epoch,
+so that a machine that slows down slows all. Ratios are taken within a turn. An epoch is training
+and a test on a fifth as many images.
 
-Prints tables; writes results/speed/DEVICE.json and DEVICE.png, or DEVICE_whole.json.
+--cpu_recipe compares what a student costs on a CPU: by the published recipe in the plain way (a
+ResNet18 teacher of 15 epochs, its student of 50), and by that of scripts/cpu.sh (airbench94 with
+Muon, 8 and 12). It times two steps of each and extrapolates to all images and epochs, without
+start-up and saving. The accuracies that they reach are in results/.
+
+Prints tables; writes results/speed/DEVICE.json and DEVICE.png, DEVICE_whole.json or
+cpu_recipe.json.
 """
 
 import argparse
@@ -29,37 +36,58 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-BEGAN = time.perf_counter()
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data
+import fine_tune_teacher_cifar10
+import main_train_cifar10
+from data import TEST_BATCH_SIZE, DeviceLoader, ImageSet
+from engine import TrainStep, evaluate, kd_loss, label_loss, train_one_epoch
+from experiment import flags
+from experiment.device import pick_device
+from experiment.errors import one_line_errors
+from experiment.files import atomic_write
+from experiment.folder import provenance
+from models import STEMS, build_model, cast_weights_, whiten
+from optimizers import build_optimizer, build_scheduler
+from synthetic_data.demo_images import draw
+
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.utils.data import DataLoader, Dataset  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-from torchvision import transforms  # noqa: E402
-
-import data  # noqa: E402
-import flags  # noqa: E402
-import main_train_cifar10  # noqa: E402
-from data import TEST_BATCH_SIZE, DeviceLoader, ImageSet  # noqa: E402
-from engine import (  # noqa: E402
-    TrainStep,
-    build_optimizer,
-    build_scheduler,
-    evaluate,
-    kd_loss,
-    train_one_epoch,
-)
-from experiment import one_line_errors, pick_device, replacing, surroundings  # noqa: E402
-from models import STEMS, build_model, cast_once  # noqa: E402
-from synthetic_data.demo_images import draw  # noqa: E402
-
-RECIPE = main_train_cifar10.parse_args([])
-TEMPERATURE, BATCH = RECIPE.temperature, RECIPE.batch_size
 EPOCH = 50_000  # what "an epoch" means in the tables, whatever was measured
+TEMPERATURE = 10.0
+
+# The published recipes, and those of scripts/cpu.sh, as their scripts would get them.
+DEFAULTS = dict(
+    arch="resnet18",
+    augment="crop",
+    momentum=0.9,
+    nesterov=False,
+    milestones=[0.5, 0.8],
+    gamma=0.1,
+    warmup=0.0,
+)
+TEACHER = Namespace(**DEFAULTS | fine_tune_teacher_cifar10.RECIPE, distil=False)
+STUDENT = Namespace(**DEFAULTS | main_train_cifar10.RECIPE, distil=True)
+CPU_RECIPE = dict(
+    arch="airbench94",
+    batch_size=1000,
+    optimizer="muon",
+    lr=0.24,
+    momentum=0.6,
+    weight_decay=0.005,
+    scheduler="linear",
+    augment="reflect",
+)
+CPU_TEACHER = Namespace(**vars(TEACHER) | CPU_RECIPE | dict(epochs=8))
+CPU_STUDENT = Namespace(**vars(STUDENT) | CPU_RECIPE | dict(epochs=12))
 
 
 # ------------------------------------------------------------------------------------ the plain way
@@ -76,41 +104,54 @@ class JpegFolder(Dataset):
         return self.transform(Image.open(self.paths[i]).convert("RGB")), 0
 
 
-def plain(paths: list[Path], stem: str, device: torch.device) -> Callable[[], None]:
-    """Returns what trains and tests for one epoch."""
-    as_tensor = [transforms.ToTensor(), transforms.Normalize(data.MEAN, data.STD)]
+def plain(
+    paths: list[Path], stem: str, device: torch.device, recipe: Namespace = STUDENT
+) -> Callable[[], float]:
+    """Returns what trains and tests for one epoch, and returns the mean training loss."""
+    as_tensor = [
+        transforms.ToTensor(),
+        transforms.Normalize(data.CIFAR10_MEAN, data.CIFAR10_STD),
+    ]
     augment = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
     train_set = JpegFolder(paths, transforms.Compose(augment + as_tensor))
     test_set = JpegFolder(paths[: len(paths) // 5], transforms.Compose(as_tensor))
-    train_loader = DataLoader(train_set, BATCH, shuffle=True, num_workers=2, drop_last=True)
-    test_loader = DataLoader(test_set, BATCH, num_workers=2)
-    student = build_model(stem=stem).to(device, memory_format=torch.contiguous_format)
-    teacher = build_model(stem=stem).to(device, memory_format=torch.contiguous_format).eval()
-    optimizer = torch.optim.SGD(
-        student.parameters(), RECIPE.lr, RECIPE.momentum, weight_decay=RECIPE.weight_decay
-    )
+    batch_size, layout = recipe.batch_size, torch.contiguous_format
+    train_loader = DataLoader(train_set, batch_size, shuffle=True, num_workers=2, drop_last=True)
+    test_loader = DataLoader(test_set, batch_size, num_workers=2)
+    network = build_model(recipe.arch, stem).to(device, memory_format=layout)
+    teacher = build_model(recipe.arch, stem).to(device, memory_format=layout).eval()
+    if recipe.optimizer == "adam":
+        optimizer = torch.optim.Adam(network.parameters(), recipe.lr)
+    else:
+        optimizer = torch.optim.SGD(
+            network.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay
+        )
     criterion = nn.KLDivLoss(reduction="batchmean")
 
-    def epoch() -> None:
-        student.train()
+    def loss_of(images, labels):
+        if not recipe.distil:
+            return F.cross_entropy(network(images), labels)
+        with torch.no_grad():
+            teacher_logits = teacher(images)
+        log_p = F.log_softmax(network(images) / TEMPERATURE, dim=1)
+        return criterion(log_p, F.softmax(teacher_logits / TEMPERATURE, dim=1)) * TEMPERATURE**2
+
+    def epoch() -> float:
+        network.train()
         running_loss = 0.0
-        for images, _ in train_loader:
-            images = images.to(device)
-            with torch.no_grad():
-                teacher_logits = teacher(images)
-            logits = student(images)
-            log_p = F.log_softmax(logits / TEMPERATURE, dim=1)
-            loss = criterion(log_p, F.softmax(teacher_logits / TEMPERATURE, dim=1)) * TEMPERATURE**2
+        for images, labels in train_loader:
+            loss = loss_of(images.to(device), labels.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             running_loss += loss.item()
-        student.eval()
+        network.eval()
         correct = 0
         with torch.no_grad():
             for images, labels in test_loader:
-                predictions = student(images.to(device)).argmax(1)
+                predictions = network(images.to(device)).argmax(1)
                 correct += (predictions == labels.to(device)).sum().item()
+        return running_loss / len(train_loader)
 
     return epoch
 
@@ -122,38 +163,49 @@ def ours(
     paths: list[Path],
     stem: str,
     device: torch.device,
+    recipe: Namespace = STUDENT,
     graph: bool = True,
     compiled: bool = False,
     amp: str = "auto",
-) -> Callable[[], None]:
-    """Returns what trains and tests for one epoch, built as main_train_cifar10.py builds it."""
+) -> Callable[[], float]:
+    """Returns what trains and tests for one epoch, as the scripts do it; see `plain`."""
     _, amp = pick_device(str(device), amp)
     images = torch.stack([data.load_image(path) for path in paths])
     image_set = ImageSet(images, torch.zeros(len(images), dtype=torch.int64), data.CLASSES)
-    train_loader = DeviceLoader(image_set, BATCH, device, train=True)
+    train_loader = DeviceLoader(
+        image_set, recipe.batch_size, device, train=True, augment=recipe.augment
+    )
     test_loader = DeviceLoader(
         image_set.first(len(paths) // 5), TEST_BATCH_SIZE, device, train=False
     )
-    student = build_model(stem=stem).to(device)
-    teacher = build_model(stem=stem).to(device).eval().requires_grad_(False)
-    cast_once(teacher, amp)
+    network = build_model(recipe.arch, stem)
+    whiten(network, data.normalize(images))
+    network.to(device)
+    teacher = build_model(recipe.arch, stem).to(device).eval().requires_grad_(False)
+    cast_weights_(teacher, amp)
     if compiled:
-        student, teacher = torch.compile(student), torch.compile(teacher)
-    optimizer = build_optimizer(student, RECIPE)
-    scheduler = build_scheduler(optimizer, RECIPE, RECIPE.epochs * len(train_loader))
+        network, teacher = torch.compile(network), torch.compile(teacher)
+    optimizer = build_optimizer(network, recipe)
+    scheduler = build_scheduler(optimizer, recipe, recipe.epochs * len(train_loader))
 
-    def loss_fn(images, labels):
+    def kd_loss_fn(images, labels):
         with torch.inference_mode():
             teacher_logits = teacher(images)
-        student_logits = student(images)
-        loss = kd_loss(student_logits, teacher_logits, TEMPERATURE)
-        return loss, student_logits.argmax(1) == teacher_logits.argmax(1)
+        logits = network(images)
+        loss = kd_loss(logits, teacher_logits, TEMPERATURE)
+        return loss, logits.argmax(1) == teacher_logits.argmax(1)
 
-    step = TrainStep(loss_fn, optimizer, amp, graph)
+    def label_loss_fn(images, labels):
+        return label_loss(network(images), labels)
 
-    def epoch() -> None:
-        train_one_epoch(student, train_loader, step, scheduler)
-        evaluate(student, test_loader, amp)
+    loss_fn = kd_loss_fn if recipe.distil else label_loss_fn
+    step = TrainStep(loss_fn, optimizer, amp, graph=graph)
+
+    def epoch() -> float:
+        train_loader.epoch += 1
+        train = train_one_epoch(network, train_loader, step, scheduler)
+        evaluate(network, test_loader, amp)
+        return train["loss"]
 
     return epoch
 
@@ -163,9 +215,24 @@ WAYS = {
     "ours": ours,
     "ours, no graph": functools.partial(ours, graph=False),
     "ours, compiled": functools.partial(ours, compiled=True),
-    "ours, bf16": functools.partial(ours, amp="bf16"),
+    "ours, float32": functools.partial(ours, amp="off"),
 }
-MORE = {"cuda": ["ours, no graph", "ours, compiled"], "cpu": ["ours, bf16"]}
+# For --cpu_recipe: the recipe, its number of images, which are two batches, and the way.
+RECIPES = {
+    "published teacher, plain": (TEACHER, 256, plain),
+    "published student, plain": (STUDENT, 256, plain),
+    "teacher of cpu.sh": (CPU_TEACHER, 2000, ours),
+    "student of cpu.sh": (CPU_STUDENT, 2000, ours),
+}
+WAYS |= {name: functools.partial(way, recipe=recipe) for name, (recipe, _, way) in RECIPES.items()}
+
+
+def ways(device: torch.device) -> list[str]:
+    """Those that differ on `device`."""
+    if device.type == "cuda":
+        return ["plain", "ours", "ours, no graph", "ours, compiled"]
+    default = pick_device(str(device), "auto")[1]
+    return ["plain", "ours"] + ["ours, float32"] * (default is not None)
 
 
 # ---------------------------------------------------------------------------------------- measuring
@@ -176,7 +243,7 @@ def work(way: str, stem: str, images: int, folder: Path, device: torch.device) -
     paths = sorted(folder.glob("*.jpg"))
     paths = (paths * -(-images // len(paths)))[:images]
     epoch = WAYS[way](paths, stem, device)
-    print(json.dumps({"startup": time.perf_counter() - BEGAN}), flush=True)
+    print(json.dumps("ready"), flush=True)
     for _ in sys.stdin:
         began = time.perf_counter()
         epoch()
@@ -195,10 +262,12 @@ class Worker:
     def __init__(self, way: str, stem: str, images: int, args: Namespace) -> None:
         command = [sys.executable, __file__, "--worker", way, "--stems", stem]
         command += ["--images", str(images), "--folder", str(args.folder), "--device", args.device]
+        began = time.perf_counter()
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
-        self.startup = self._answer()["startup"]
+        self._answer()
+        self.startup = time.perf_counter() - began
         self.epoch()  # the first one warms up: allocations, autotuning, compilation
 
     def epoch(self) -> dict[str, float]:
@@ -217,17 +286,22 @@ class Worker:
         return json.loads(line)
 
 
-def compare(stem: str, images: int, turns: int, args: Namespace) -> dict:
-    """All ways in turn; every figure as [median, min, max] over the turns."""
-    ways = ["plain", "ours", *MORE[torch.device(args.device).type]]
-    workers = {way: Worker(way, stem, images, args) for way in ways}
+def take_turns(workers: dict[str, Worker], turns: int) -> list[dict[str, dict[str, float]]]:
+    """Let each worker run an epoch in every turn; what they measured, turn by turn."""
     measured = [{way: worker.epoch() for way, worker in workers.items()} for _ in range(turns)]
     for worker in workers.values():
         worker.close()
+    return measured
 
-    def spread(values: list[float]) -> list[float]:
-        return [statistics.median(values), min(values), max(values)]
 
+def spread(values: list[float]) -> list[float]:
+    return [statistics.median(values), min(values), max(values)]
+
+
+def compare(stem: str, images: int, turns: int, args: Namespace) -> dict:
+    """All ways in turn; every figure as [median, min, max] over the turns."""
+    workers = {way: Worker(way, stem, images, args) for way in ways(torch.device(args.device))}
+    measured = take_turns(workers, turns)
     result = {"images": images, "turns": turns}
     for way, worker in workers.items():
         seconds = [turn[way]["seconds"] for turn in measured]
@@ -238,6 +312,32 @@ def compare(stem: str, images: int, turns: int, args: Namespace) -> dict:
             "memory_gb": measured[-1][way]["memory_gb"],
             "startup_seconds": worker.startup,
         }
+    return result
+
+
+def compare_recipes(turns: int, args: Namespace) -> dict:
+    """The recipes of RECIPES in turn, extrapolated to all their images and epochs.
+
+    Every figure is [median, min, max] over the turns; "hours" has both recipes, teacher and student
+    together, and "ratio" how many times the published one takes.
+    """
+    workers = {name: Worker(name, "cifar", n, args) for name, (_, n, _) in RECIPES.items()}
+    measured = take_turns(workers, turns)
+    result, totals = {"turns": turns, "extrapolated": True, "recipes": {}}, {}
+    for name, (recipe, images, way) in RECIPES.items():
+        epoch_seconds = [turn[name]["seconds"] * EPOCH / images for turn in measured]
+        result["recipes"][name] = {
+            "measured_images": images,
+            "epochs": recipe.epochs,
+            "epoch_seconds": spread(epoch_seconds),
+            "memory_gb": measured[-1][name]["memory_gb"],
+        }
+        whose = "published recipe, plain" if way is plain else "scripts/cpu.sh"
+        hours = [recipe.epochs * seconds / 3600 for seconds in epoch_seconds]
+        totals[whose] = [a + b for a, b in zip(totals.get(whose, [0] * turns), hours, strict=True)]
+    result["hours"] = {whose: spread(hours) for whose, hours in totals.items()}
+    published, own = totals.values()
+    result["ratio"] = spread([a / b for a, b in zip(published, own, strict=True)])
     return result
 
 
@@ -258,7 +358,7 @@ def decoding(folder: Path, turns: int) -> dict:
         began = time.perf_counter()
         images = len(data.load_cifake(folder))
         seconds.append(time.perf_counter() - began)
-    return {"images": images, "seconds": [statistics.median(seconds), min(seconds), max(seconds)]}
+    return {"images": images, "seconds": spread(seconds)}
 
 
 def matmul_peak(device: torch.device) -> float | None:
@@ -340,6 +440,21 @@ def report(results: dict) -> None:
     print("{:,} images decoded in {:.2f} s ({:.2f}-{:.2f})".format(row["images"], *row["seconds"]))
 
 
+def report_recipes(results: dict) -> None:
+    """Print the table of --cpu_recipe."""
+    print(f"\n`{results['command']}`, {results['hardware']}, torch {results['torch']}\n")
+    table = [["", "measured images", "s an epoch, extrapolated", "epochs", "hours, extrapolated"]]
+    for name, row in results["recipes"].items():
+        seconds = row["epoch_seconds"]
+        table.append([name, str(row["measured_images"])])
+        table[-1] += ["{:.0f} ({:.0f}-{:.0f})".format(*seconds), str(row["epochs"])]
+        table[-1] += [f"{row['epochs'] * seconds[0] / 3600:.2f}"]
+    print_table(table)
+    for whose, hours in results["hours"].items():
+        print("{}: {:.2f} hours ({:.2f}-{:.2f}), extrapolated".format(whose, *hours))
+    print("ratio: {:.1f} ({:.1f}-{:.1f}), extrapolated".format(*results["ratio"]))
+
+
 def print_table(rows: list[list[str]]) -> None:
     for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]:
         print(f"| {' | '.join(row)} |")
@@ -375,12 +490,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--quick", action="store_true", help="small sizes, for a CPU")
     add("--device", type=flags.device, default="auto", help="as in the scripts [%(default)s]")
     add("--stems", nargs="+", choices=STEMS, default=["imagenet", "cifar"], help="[both]")
-    add("--turns", type=flags.whole(1, 1000), default=3, help="epochs of each way [%(default)s]")
+    add("--turns", type=flags.int_in(1, 1000), default=3, help="epochs of each way [%(default)s]")
     folder = Path("synthetic_data/cifake_train_fake")
     add("--folder", type=Path, default=folder, help="JPEGs; drawn ones where empty [%(default)s]")
     add("--whole", action="store_true", help="time the two scripts instead, on real data")
+    add("--cpu_recipe", action="store_true", help="compare whole recipes on the CPU instead")
     add("--data_dir", type=Path, default=Path("data"), help="for --whole: CIFAR-10 [%(default)s]")
-    add("--limit", type=flags.whole(1, 10**9), help="for --whole: as in the scripts [all]")
+    add("--limit", type=flags.int_in(1, 10**9), help="for --whole: as in the scripts [all]")
     add("--output", type=Path, default=REPOSITORY / "results" / "speed", help="[results/speed]")
     add("--worker", choices=WAYS, help=argparse.SUPPRESS)
     add("--images", type=int, help=argparse.SUPPRESS)
@@ -401,12 +517,15 @@ def measure(args: Namespace, device: torch.device) -> dict:
 
 
 def main(args: Namespace) -> None:
-    device, _ = pick_device(args.device, "auto")
+    device, amp = pick_device("cpu" if args.cpu_recipe else args.device, "auto")
     args.device = str(device)
     if args.worker:
         return work(args.worker, args.stems[0], args.images, args.folder, device)
-    results = surroundings(args.device)
+    results = provenance(device, amp)
+    del results["from_epoch"]  # nothing is trained to its end
+    name = "cpu" if device.type == "cpu" else results["hardware"].replace(" ", "_")
     if args.whole:
+        name += "_whole"
         results["limit"] = args.limit
         for stem in args.stems:
             turns = [whole(stem, args) for _ in range(args.turns)]
@@ -417,14 +536,17 @@ def main(args: Namespace) -> None:
         with tempfile.TemporaryDirectory() as made:
             if not any(args.folder.glob("*.jpg")):
                 args.folder = draw_jpegs(Path(made))
-            results |= measure(args, device)
-        report(results)
+            if args.cpu_recipe:
+                name = "cpu_recipe"
+                results |= compare_recipes(args.turns, args)
+                report_recipes(results)
+            else:
+                results |= measure(args, device)
+                report(results)
     args.output.mkdir(parents=True, exist_ok=True)
-    name = "cpu" if device.type == "cpu" else results["hardware"].replace(" ", "_")
-    name += "_whole" * args.whole
-    with replacing(args.output / f"{name}.json") as file:
+    with atomic_write(args.output / f"{name}.json") as file:
         file.write((json.dumps(results, indent=2) + "\n").encode())
-    if not args.whole:
+    if "stems" in results:
         draw_chart(results, args.output / f"{name}.png")
     print(f"written: {args.output / name}.json")
 

@@ -5,19 +5,18 @@
 #
 # Made for a GPU. TEACHER_EPOCHS and EPOCHS shorten it, RECIPE adds to the flags of both, such as
 # --stem imagenet. Runs go to runs/best$TAG/ and the table to results/best$TAG/: give every other
-# recipe a TAG, such as _gpu. What is finished is skipped, what was stopped goes on.
+# recipe a TAG, such as _gpu. Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt
 source "$(dirname "$0")/once.sh"
-tag=${TAG:-}
+experiment best
+recipe="--epochs ${EPOCHS:-600} --scheduler cosine --cutmix 1 --augment rrc_jitter ${RECIPE:-}"
 
 # shellcheck disable=SC2086
 for seed in ${*:-0 1 2}; do
-    once "runs/best$tag/teacher-$seed" fine_tune_teacher_cifar10.py --init random --seed "$seed" \
+    once "$runs/teacher-$seed" fine_tune_teacher_cifar10.py --init random --seed "$seed" \
         --epochs "${TEACHER_EPOCHS:-200}" --optimizer sgd --nesterov --lr 0.1 --weight_decay 5e-4 \
         --scheduler cosine ${RECIPE:-}
-    once "runs/best$tag/student-$seed" main_train_cifar10.py --seed "$seed" \
-        --teacher_weights "runs/best$tag/teacher-$seed.pth" --epochs "${EPOCHS:-600}" \
-        --scheduler cosine --mix cutmix --augment strong ${RECIPE:-}
+    student student --teacher_weights "$runs/teacher-$seed.pth"
 done
-python scripts/summarize.py "results/best$tag" "runs/best$tag"/*/
+summary

@@ -5,22 +5,15 @@
 #
 # TEACHER is a weight file. EPOCHS, of 50,000 images each, and RECIPE, the flags of every run, are
 # made for a CPU; on a GPU, EPOCHS=50 RECIPE="--stem cifar". Runs go to runs/controls$TAG/ and the
-# table to results/controls$TAG/: give every other recipe a TAG, such as _gpu. What is finished is
-# skipped, what was stopped goes on.
+# table to results/controls$TAG/: give every other recipe a TAG, such as _gpu. Finished runs are
+# skipped, stopped ones are resumed.
 set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift
 source "$(dirname "$0")/environment.sh" requirements.txt
 source "$(dirname "$0")/once.sh"
-tag=${TAG:-}
+experiment controls
 recipe="--epochs ${EPOCHS:-5} ${RECIPE:---stem imagenet --scheduler onecycle --nesterov}"
-
-student() { # student NAME FLAGS...
-    local name=$1
-    shift
-    # shellcheck disable=SC2086
-    once "runs/controls$tag/$name-$seed" main_train_cifar10.py $recipe --seed "$seed" "$@"
-}
 
 for seed in ${*:-0 1 2}; do
     student cifake --teacher_weights "$teacher"                          # what all are compared with
@@ -29,4 +22,4 @@ for seed in ${*:-0 1 2}; do
     student real --teacher_weights "$teacher" --train_on real            # the upper bound
     student untrained_teacher --teacher_weights random                   # its ten outputs mean nothing
 done
-python scripts/summarize.py "results/controls$tag" "runs/controls$tag"/*/
+summary

@@ -6,8 +6,8 @@
 #
 # DATA_DIR (default data) holds CIFAR-10, CIFAKE (default synthetic_data/cifake_train_fake) CIFAKE's
 # images. GUIDANCE, STEPS, SEEDS and COUNTS, lists in quotes, take other points: more, or fewer.
-# Everything goes to runs/fidelity/, the table and the plot to results/fidelity/. What is finished is
-# skipped, what was stopped goes on. Not yet run at full size.
+# Everything goes to runs/fidelity/, the table and the plot to results/fidelity/. Finished runs are
+# skipped, stopped ones are resumed. Not yet run at full size.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements-generate.txt
 source "$(dirname "$0")/once.sh"

@@ -9,26 +9,19 @@
 # WEAK, the epochs of the weaker teachers, are made for a CPU; on a GPU, EPOCHS=50
 # RECIPE="--stem cifar" WEAK="1 2 5 15". ENSEMBLE may name several weight files, to learn from all of
 # them at once. Runs go to runs/findings$TAG/ and runs/controls$TAG/, the table to
-# results/findings$TAG/: give every other recipe or teacher a TAG, such as _gpu. What is finished is
-# skipped, what was stopped goes on.
+# results/findings$TAG/: give every other recipe or teacher a TAG, such as _gpu. Finished runs are
+# skipped, stopped ones are resumed.
 set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift
 source "$(dirname "$0")/environment.sh" requirements.txt
 source "$(dirname "$0")/once.sh"
-tag=${TAG:-} epochs=${EPOCHS:-5}
-recipe=${RECIPE:---stem imagenet --scheduler onecycle --nesterov}
-weak=${WEAK:-1 3}
-
-student() { # student NAME FLAGS...
-    local name=$1
-    shift
-    # shellcheck disable=SC2086
-    once "runs/findings$tag/$name-$seed" main_train_cifar10.py $recipe --seed "$seed" "$@"
-}
+experiment findings
+epochs=${EPOCHS:-5} weak=${WEAK:-1 3}
+recipe="--epochs $epochs ${RECIPE:---stem imagenet --scheduler onecycle --nesterov}"
 
 on_variant() { # on_variant NAME FLAGS...: on a folder that variants.py made
-    local name=$1 folder=runs/findings$tag/images/$1
+    local name=$1 folder=$runs/images/$1
     shift
     [ -d "$folder" ] || python synthetic_data/variants.py "$@" "$folder"
     student "$name" --teacher_weights "$teacher" --synthetic_data_dir "$folder" \
@@ -37,15 +30,13 @@ on_variant() { # on_variant NAME FLAGS...: on a folder that variants.py made
 
 stem=$(grep -oE 'imagenet|cifar' <<< "$recipe" | head -n 1 || true)
 for n in $weak; do
-    once "runs/findings$tag/teacher_of_$n-0" fine_tune_teacher_cifar10.py --init random \
+    once "$runs/teacher_of_$n-0" fine_tune_teacher_cifar10.py --init random \
         --epochs "$n" --stem "${stem:-cifar}" \
         --optimizer sgd --nesterov --lr 0.1 --weight_decay 5e-4 --scheduler onecycle
 done
 for seed in ${*:-0 1 2}; do
     # what the others are compared with: the first student of controls.sh
-    # shellcheck disable=SC2086
-    once "runs/controls$tag/cifake-$seed" main_train_cifar10.py --epochs "$epochs" $recipe \
-        --seed "$seed" --teacher_weights "$teacher"
+    runs=runs/controls${TAG:-} student cifake --teacher_weights "$teacher"
     # fidelity: what the teacher takes for the intended class, what it does not, and both; spoilt images
     on_variant disputed disputed --teacher "$teacher"
     on_variant agreed agreed --teacher "$teacher"
@@ -58,15 +49,13 @@ for seed in ${*:-0 1 2}; do
     on_variant images_25000 subset --count 25000
     # weaker teachers
     for n in $weak; do
-        student "of_teacher_$n" --epochs "$epochs" \
-            --teacher_weights "runs/findings$tag/teacher_of_$n-0.pth"
+        student "of_teacher_$n" --teacher_weights "$runs/teacher_of_$n-0.pth"
     done
     # shellcheck disable=SC2086
-    [ -z "${ENSEMBLE:-}" ] || student ensemble --epochs "$epochs" --teacher_weights $ENSEMBLE
+    [ -z "${ENSEMBLE:-}" ] || student ensemble --teacher_weights $ENSEMBLE
     # temperature; T = 10 is the student of controls.sh
     for t in 1 4; do
-        student "temperature_$t" --epochs "$epochs" --teacher_weights "$teacher" --temperature "$t"
+        student "temperature_$t" --teacher_weights "$teacher" --temperature "$t"
     done
 done
-python scripts/summarize.py "results/findings$tag" "runs/controls$tag"/cifake-*/ \
-    "runs/findings$tag"/*-[0-9]*/
+summary "runs/controls${TAG:-}"/cifake-*/ "$runs"/*-[0-9]*/

@@ -1,20 +1,36 @@
-# Sourced by the experiments.
-#
-#     once RUN SCRIPT FLAGS...
-#
-# is a run in the folder RUN, whose network goes to RUN.pth. If it is finished it is skipped, if it
-# was stopped it goes on.
+# Sourced by the experiments, in scripts/, for what they share. A run in the folder RUN writes its
+# network to RUN.pth. A finished run is skipped, a stopped one is resumed.
 
+# experiment NAME: its runs go to runs/NAME$TAG/, its table to results/NAME$TAG/.
+experiment() {
+    runs=runs/$1${TAG:-} results=results/$1${TAG:-}
+}
+
+# once RUN SCRIPT FLAGS...
 once() {
     local run=$1 script=$2
     shift 2
     if [ -e "$run.pth" ]; then
         echo "== $run: finished before"
     elif [ -e "$run/config.json" ]; then
-        echo "== $run goes on"
+        echo "== $run: resumed"
         python "$script" --resume "$run"
     else
         echo "== $run"
         python "$script" --run_dir "$run" --output "$run.pth" "$@"
     fi
+}
+
+# student NAME FLAGS...: a student with $seed and the flags $recipe, in $runs/NAME-$seed.
+student() {
+    local name=$1
+    shift
+    # shellcheck disable=SC2086
+    once "$runs/$name-$seed" main_train_cifar10.py --seed "$seed" $recipe "$@"
+}
+
+# summary [RUN ...]: the table of these runs, or of all that the experiment has.
+summary() {
+    [ $# -gt 0 ] || set -- "$runs"/*/
+    python scripts/summarize.py "$results" "$@"
 }

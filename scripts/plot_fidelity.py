@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from experiment.errors import UserError, one_line_errors
 from plots import read_metrics
 
 
@@ -122,7 +123,7 @@ def curve(axes: Axes, groups: list[tuple[dict, float, float]], key: str, label: 
 def main(top: Path, output: Path) -> None:
     students, counts = read_students(top), read_counts(top)
     if not students:
-        sys.exit(f"error: no student in {top} is finished yet")
+        raise UserError(f"no student in {top} is finished yet")
     output.mkdir(parents=True, exist_ok=True)
     groups = over_seeds(students, "images", "teacher")
     write_csv(output / "fidelity.csv", students)
@@ -136,4 +137,5 @@ def main(top: Path, output: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(f"usage: python {sys.argv[0]} runs/fidelity results/fidelity")
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    with one_line_errors():
+        main(Path(sys.argv[1]), Path(sys.argv[2]))

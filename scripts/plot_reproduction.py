@@ -2,7 +2,7 @@
 
     python scripts/plot_reproduction.py results/reproduction/student_*
 
-Writes results/reproduction/over_the_published_curve.png.
+Writes over_the_published_curve.png beside the folders.
 """
 
 import csv
@@ -13,11 +13,13 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiment import one_line_errors
+from experiment.errors import one_line_errors
+from experiment.files import atomic_write
 from plots import read_metrics
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 PUBLISHED = RESULTS / "published" / "published_student_curve.csv"
+PICTURE = "over_the_published_curve.png"
 
 
 def main(folders: list[str]) -> None:
@@ -36,9 +38,12 @@ def main(folders: list[str]) -> None:
     axes.set(title="Student on the real test set", xlabel="epoch", ylabel="percent")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    figure.savefig(RESULTS / "reproduction" / "over_the_published_curve.png", dpi=120)
+    with atomic_write(Path(folders[0]).parent / PICTURE) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(f"usage: python {sys.argv[0]} RUN [RUN ...]")
     with one_line_errors():
         main(sys.argv[1:])

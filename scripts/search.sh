@@ -1,41 +1,49 @@
 #!/usr/bin/env bash
-# Which recipe for the student? Each lever by itself, and the likely ones together, for a short run.
+# Which recipe for the student of scripts/cpu.sh? Each lever by itself, in short runs.
 #
 #     bash scripts/search.sh TEACHER [SEED ...]
 #
-# To be chosen by val_agreement, or by val_kd_loss at the same temperature, on 2,000 synthetic images
-# that no student trains on: summary.csv has them beside the test accuracy, which must not decide.
-# EPOCHS and RECIPE, the flags of every run, are made for a GPU. Runs go to runs/search$TAG/ and the
-# table to results/search$TAG/: give every other recipe a TAG, such as _short. What is finished is
-# skipped, what was stopped goes on.
+# The choice is made by val_agreement: agreement with the teacher on 2,000 held-out synthetic images
+# and on four shifted copies of each (brighter, paler, blurred, JPEG). The test accuracy stands beside
+# it in summary.csv and decides nothing. EPOCHS, IMAGES and SETTINGS (names from below) shorten it, DMKD_DATA
+# is the folder of both data sets, TAG marks the folders of another search. Finished runs are skipped,
+# stopped ones are resumed.
 set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift
 source "$(dirname "$0")/environment.sh" requirements.txt
 source "$(dirname "$0")/once.sh"
-tag=${TAG:-}
-recipe="--epochs ${EPOCHS:-100} --holdout 2000 ${RECIPE:---scheduler cosine}"
+
+runs=runs/search${TAG:-}
+recipe="--data_dir ${DMKD_DATA:-data} --synthetic_data_dir ${DMKD_DATA:-synthetic_data}/cifake_train_fake
+    --holdout 2000 --limit ${IMAGES:-50000} --epochs ${EPOCHS:-4} --arch airbench94 --batch_size 1000
+    --optimizer muon --lr 0.24 --momentum 0.6 --weight_decay 0.005 --scheduler linear
+    --augment reflect"
 
 student() { # student NAME FLAGS...
     local name=$1
     shift
+    case " ${SETTINGS:-$name} " in *" $name "*) ;; *) return 0 ;; esac
     # shellcheck disable=SC2086
-    once "runs/search$tag/$name-$seed" main_train_cifar10.py \
+    once "$runs/$name-$seed" main_train_cifar10.py \
         --teacher_weights "$teacher" --seed "$seed" $recipe "$@"
 }
 
 for seed in ${*:-0}; do
     student base
-    student cutmix --mix cutmix
-    student mixup --mix mixup
-    student strong --augment strong
-    student strong_cutmix --augment strong --mix cutmix
-    student strong_mixup --augment strong --mix mixup
-    student nesterov_ema --nesterov --ema 0.999
-    student standardize --standardize_logits --temperature 2
-    student batch_512 --batch_size 512 --lr 0.2
-    for t in 1 4 20; do
-        student "temperature_$t" --temperature "$t"
-    done
+    student temperature_4 --temperature 4
+    student temperature_20 --temperature 20
+    student crop --augment crop
+    student rrc_jitter --augment rrc_jitter
+    student mixup --mixup 1
+    student cutmix --cutmix 1
+    student batch_500 --batch_size 500 --lr 0.17
+    student batch_2000 --batch_size 2000 --lr 0.34
+    student lr_012 --lr 0.12
+    student lr_036 --lr 0.36
+    student warmup --warmup 0.1
+    student ema --ema 0.98
+    student momentum_08 --momentum 0.8
+    student decay_0 --weight_decay 0
 done
-python scripts/summarize.py "results/search$tag" "runs/search$tag"/*/
+python scripts/summarize.py "results/search${TAG:-}" "$runs"/*/

@@ -5,12 +5,13 @@
 A run's folder is named SETTING-SEED. Its config.json, metrics.csv and per_class.csv are copied;
 summary.csv has a row for each setting: how many seeds, the teacher's accuracy, mean and sample
 standard deviation of the last epoch's, the mean of the best epochs (picked on the test set), what
-the last epoch has of train_agreement, val_kd_loss and val_agreement, the minutes of a run, hardware
-and commit.
+the last epoch has in other columns, the minutes of a run, hardware and commit. The minutes count
+everything from start to exit, or, of a run that did not record that, its epochs alone.
 """
 
 import csv
 import io
+import json
 import shutil
 import statistics
 import sys
@@ -22,11 +23,13 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import flags
-from experiment import one_line_errors, read_config, replacing
+from experiment import flags
+from experiment.errors import UserError, one_line_errors
+from experiment.files import atomic_write
 from plots import read_metrics
 
 KEPT = ("config.json", "metrics.csv", "per_class.csv")
+ENDS = {"train_agreement": 2, "val_kd_loss": 4, "val_agreement": 2, "val_shifted_agreement": 2}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -41,7 +44,7 @@ def main(args: Namespace) -> None:
     for folder in args.runs:
         config = read_config(folder)
         metrics = read_metrics(folder) if (folder / "metrics.csv").exists() else None
-        if metrics is None or metrics["epoch"][-1] != config["args"]["epochs"]:
+        if metrics is None or metrics["epoch"][-1] != config["epochs"]:
             print(f"{folder} is not finished: left out")
             continue
         copy = args.output / folder.name
@@ -59,20 +62,30 @@ def main(args: Namespace) -> None:
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with replacing(args.output / "summary.csv") as file:
+    with atomic_write(args.output / "summary.csv") as file:
         file.write(text.getvalue().encode())
     draw(settings, args.output / "summary.png")
     print(text.getvalue(), end="")
+
+
+def read_config(folder: Path) -> dict:
+    """The config.json of a run. Older ones have no "parts": they are one. Errors: UserError."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        parts = config.get("parts") or [config]
+        if not all(part["hardware"] and "git_commit" in part for part in parts):
+            raise ValueError
+        return {**config, "epochs": config["args"]["epochs"], "parts": parts}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not the config.json of a run") from error
 
 
 def summary(setting: str, runs: list[dict]) -> dict[str, str | int]:
     """The row of a setting, from the configuration and the metrics of its runs."""
     tables, configs = [run["metrics"] for run in runs], [run["config"] for run in runs]
     last = [table["test_accuracy"][-1] for table in tables]
-    ends = {
-        key: mean([table[key][-1] for table in tables if key in table], digits)
-        for key, digits in (("train_agreement", 2), ("val_kd_loss", 4), ("val_agreement", 2))
-    }
+    parts = [part for config in configs for part in config["parts"]]
     teachers = [config.get("teacher_accuracy") for config in configs]
     return {
         "setting": setting,
@@ -81,11 +94,22 @@ def summary(setting: str, runs: list[dict]) -> dict[str, str | int]:
         "last_mean": mean(last),
         "last_std": f"{statistics.stdev(last):.2f}" if len(last) > 1 else "",
         "best_mean": mean([max(table["test_accuracy"]) for table in tables]),
-        **ends,
-        "minutes": mean([sum(table["seconds"]) / 60 for table in tables]),
-        "hardware": " / ".join(sorted({config["hardware"] for config in configs})),
-        "commit": " / ".join(sorted({str(config["git_commit"]) for config in configs})),
+        **{
+            key: mean([table[key][-1] for table in tables if key in table], digits)
+            for key, digits in ENDS.items()
+        },
+        "minutes": mean([seconds(run) / 60 for run in runs]),
+        "hardware": " / ".join(sorted({part["hardware"] for part in parts})),
+        "commit": " / ".join(sorted({str(part["git_commit"]) for part in parts})),
     }
+
+
+def seconds(run: dict) -> float:
+    """Those of all parts of a run, or of its epochs if a part has not recorded its own."""
+    parts = run["config"]["parts"]
+    if all("seconds" in part for part in parts):
+        return sum(part["seconds"] for part in parts)
+    return sum(run["metrics"]["seconds"])
 
 
 def mean(values: list[float], digits: int = 2) -> str:
@@ -106,7 +130,7 @@ def draw(settings: dict[str, list[dict]], path: Path) -> None:
     axes.set_title("Last epoch on the real test set: dot, the network; bar, its teacher")
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
 
 

@@ -1,17 +1,19 @@
 """What to make images of: the classes of CIFAR-10, CIFAR-100 and ImageNet, or those of a file.
 
-A file has a line a class: its name; then, after commas and where wanted, what to ask a text model
-for (several are taken in turn, and are separated by semicolons), and the numbers of the ImageNet
-classes that show it, for DiT. `classes/cifar10.csv` is one. Lines that start with # are comments.
+A file is a CSV with a row for each class and up to three columns: its name; prompts for a text
+model, separated by semicolons, which the images take in turn; and the numbers of the ImageNet
+classes that show it, for DiT. A prompt with a comma needs double quotes around the column. Lines
+that start with # are comments. `classes/cifar10.csv` is one.
 """
 
+import csv
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from torchvision.models import ResNet18_Weights
 
-from experiment import UserError
+from experiment.errors import UserError
 
 FILES = {
     name: Path(__file__).parent / "classes" / f"{name}.csv" for name in ("cifar10", "cifar100")
@@ -20,11 +22,11 @@ FILES = {
 
 @dataclass(frozen=True)
 class Category:
-    """`subjects` are ways to ask for a class, `imagenet` the ImageNet classes that show it."""
+    """A class: `prompts` are ways to ask for it, `imagenet` the ImageNet classes that show it."""
 
     name: str
     folder: str
-    subjects: tuple[str, ...]
+    prompts: tuple[str, ...]
     imagenet: tuple[int, ...] = ()
 
 
@@ -36,7 +38,7 @@ def load_classes(source: str) -> list[Category]:
         return [Category(n, f"{i:03d}_{n}", (_ask(n),), (i,)) for i, n in enumerate(names)]
     path = FILES.get(source, Path(source))
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except FileNotFoundError as error:
         raise UserError(
             f"--classes {source} is none of cifar10, cifar100, imagenet, nor is there such a file"
@@ -44,35 +46,47 @@ def load_classes(source: str) -> list[Category]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a text file in UTF-8") from error
     categories: dict[str, Category] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        try:
-            category = _category(line)
+    reader = csv.reader(
+        ("\n" if line.lstrip().startswith("#") else line for line in lines), skipinitialspace=True
+    )
+    try:
+        for row in reader:
+            if not any(row):
+                continue
+            category = _category(*(column.strip() for column in row))
             if category.name in categories:
                 raise ValueError(f"class {category.name} comes twice")
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}") from error
-        categories[category.name] = category
+            categories[category.name] = category
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}") from error
     if not categories:
         raise UserError(f"{path} names no class")
     return list(categories.values())
 
 
 def named(names: list[str]) -> list[Category]:
-    """Classes of which nothing is known but their names."""
+    """Classes of which nothing is known but their names. Errors: UserError.
+
+    The names come from the file of a model and become folders: one that leads elsewhere is refused.
+    """
+    for name in names:
+        if not name or name.startswith(".") or re.search(r"[/\\\0]", name):
+            raise UserError(f"the class {name!r} of the model cannot be the name of a folder")
+    if len(set(names)) < len(names):
+        raise UserError("the model has two classes of one name")
     return [Category(name, name, (_ask(name),)) for name in names]
 
 
-def _category(line: str) -> Category:
-    name, *rest = (part.strip() for part in line.split(",", 2))
+def _category(name: str, prompts: str = "", imagenet: str = "", *more: str) -> Category:
     if not re.fullmatch(r"\w[\w .'()&+-]*", name) or name.endswith("."):
         raise ValueError(f"{name!r} cannot be the name of a folder")
-    subjects = tuple(part.strip() for part in rest[0].split(";")) if rest and rest[0] else ()
-    numbers = rest[1].split() if len(rest) > 1 else []
+    if more:
+        raise ValueError("more than three columns: prompts with a comma need double quotes")
+    numbers = imagenet.split()
     if not all(number.isdecimal() and int(number) < 1000 for number in numbers):
-        raise ValueError(f"{rest[1]!r} are no ImageNet classes: numbers from 0 to 999")
-    return Category(name, name, subjects or (_ask(name),), tuple(map(int, numbers)))
+        raise ValueError(f"{imagenet!r} are no ImageNet classes: numbers from 0 to 999")
+    ways = tuple(part.strip() for part in prompts.split(";")) if prompts else (_ask(name),)
+    return Category(name, name, ways, tuple(map(int, numbers)))
 
 
 def _ask(name: str) -> str:

@@ -8,9 +8,18 @@ generator makes of that: clean, centred, larger, and more of the same. Shape and
 brightness at random, so that a linear classifier on pixels finds next to nothing.
 """
 
+import functools
 import sys
+from pathlib import Path
 
 import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import ImageSet
+from experiment.errors import UserError, one_line_errors
+from experiment.files import atomic_write
 
 SHAPES = tuple("disc ring square frame triangle cross bar bars star crescent".split())
 SIZE = 32
@@ -76,19 +85,35 @@ def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     }[shape]
 
 
-def main() -> None:
-    if len(sys.argv) != 2:
+@functools.cache
+def load_demo(part: str) -> ImageSet:
+    """The demo set: `part` is "train" or "test", in the real style, or "synthetic"."""
+    style, count, seed = {
+        "train": ("real", 3000, 1),
+        "test": ("real", 1000, 2),
+        "synthetic": ("synthetic", 3000, 3),
+    }[part]
+    images, labels = draw(style, count, seed)
+    return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), SHAPES)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) != 1:
         sys.exit(f"usage: python {sys.argv[0]} sheet.png")
-    import torch
     from torchvision.utils import save_image
 
+    path = Path(argv[0])
+    if path.suffix.lower() != ".png":
+        raise UserError(f"{path} does not end in .png: the sheet is a PNG")
     rows = []
     for style in ("real", "synthetic"):
         images, labels = draw(style, 400, seed=0)
         rows += [images[labels == label][row] for row in range(5) for label in range(len(SHAPES))]
-    save_image(torch.from_numpy(np.stack(rows)) / 255, sys.argv[1], nrow=len(SHAPES))
-    print(f"{sys.argv[1]}, from left to right: {', '.join(SHAPES)}")
+    with atomic_write(path) as file:
+        save_image(torch.from_numpy(np.stack(rows)) / 255, file, nrow=len(SHAPES), format="png")
+    print(f"{path}, from left to right: {', '.join(SHAPES)}")
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main(sys.argv[1:])

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiment import UserError, load
+from experiment.errors import UserError
+from experiment.files import load
 
 
 def import_diffusers() -> ModuleType:
@@ -112,10 +113,14 @@ def sample(
     return (x / 2 + 0.5).clamp(0, 1)
 
 
+def describe(unet: nn.Module, classes: tuple[str, ...]) -> dict:
+    """What a checkpoint says beside the weights; `classes` names the labels, in order."""
+    return {"kind": "diffusion", **unet.spec, "classes": list(classes)}
+
+
 def to_checkpoint(unet: nn.Module, classes: tuple[str, ...]) -> dict:
     """What `load_unet` rebuilds `unet` from: tensors and plain types."""
-    state = unet.state_dict()
-    return {"kind": "diffusion", **unet.spec, "classes": list(classes), "model": state}
+    return {**describe(unet, classes), "model": unet.state_dict()}
 
 
 def load_unet(path: str | Path) -> tuple[nn.Module, list[str]]:

@@ -12,43 +12,39 @@ finished. The images of CIFAR-10's classes get CIFAKE's names, others a folder a
 
 The noise of an image comes from --seed, its class and its number: the rest of the set, stops, and
 the number of GPUs have no part in it. On the CPU, with as many threads, the files are the same bit
-for bit; on GPUs, --batch_size and the kind of GPU may show in a last bit. After a stop, the same
-command goes on.
+for bit; on GPUs, images may differ in the last bit with --batch_size and the GPU model. After a
+stop, the same command resumes.
 `torchrun --nproc_per_node 8 synthetic_data/generate.py ...` splits the work over eight GPUs.
 
 Not yet run on a GPU, nor with the weights of Stable Diffusion and DiT.
 """
 
 import hashlib
-import signal
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import flags  # noqa: E402
-import parallel  # noqa: E402
-from experiment import (  # noqa: E402
-    STOP_SIGNALS,
-    Stopped,
-    UserError,
-    one_line_errors,
-    pick_device,
-)
-from synthetic_data import diffusion  # noqa: E402
-from synthetic_data.classes import Category, load_classes, named  # noqa: E402
-from synthetic_data.image_set import (  # noqa: E402
+from experiment import flags, parallel
+from experiment.device import pick_device
+from experiment.errors import Stopped, UserError, one_line_errors
+from experiment.folder import provenance
+from experiment.signals import StopSignals
+from synthetic_data import diffusion
+from synthetic_data.classes import Category, load_classes, named
+from synthetic_data.image_set import (
     Plan,
+    add_part,
     claim,
     discard,
     existing,
@@ -68,95 +64,93 @@ Draw = Callable[[range], Tensor]
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = flags.Parser(__doc__)
-    model = parser.add_argument_group("model").add_argument
-    model("--pipeline", choices=tuple(MODELS), required=True, help="what makes the images")
-    model(
+    add = parser.add_argument_group("model").add_argument
+    add("--pipeline", choices=tuple(MODELS), required=True, help="what makes the images")
+    add(
         "--model",
         metavar="NAME",
         help="a name on diffusers' hub, a folder of the same form, or for local a file; by default "
         + ", ".join(MODELS.values()),
     )
-    model(
+    add(
         "--dtype",
         choices=("auto", *DTYPES),
         default="auto",
-        help="auto means bf16 on a GPU that has it, else float32 [%(default)s]",
+        help="auto is bf16 or fp16 on a GPU, float32 on a CPU [%(default)s]",
     )
-    what = parser.add_argument_group("images").add_argument
-    what(
+    add = parser.add_argument_group("images").add_argument
+    add(
         "--classes",
         metavar="NAME",
         help="cifar10, cifar100, imagenet, or a file with a class a line, as those in "
         "synthetic_data/classes/ [cifar10; local: the classes that the model knows]",
     )
-    what(
+    add(
         "--prompt",
         default="a photograph of {class}",
         metavar="TEXT",
-        help="for stable-diffusion; {class} stands for what the list of classes says [%(default)s]",
+        help="for stable-diffusion; {class} stands for a prompt of the class [%(default)s]",
     )
-    what(
+    add(
         "--per_class",
-        type=flags.whole(1, 999_999),
+        type=flags.int_in(1, 999_999),
         default=5000,
         metavar="N",
         help="number of images of each class [%(default)s]",
     )
-    what(
+    add(
         "--image_size",
-        type=flags.whole(8, 4096),
+        type=flags.int_in(8, 4096),
         default=32,
         metavar="N",
         help="pixels a side; larger pictures are brought down with antialiasing [%(default)s]",
     )
-    add_sampling = parser.add_argument_group("sampling").add_argument
-    add_sampling(
+    add = parser.add_argument_group("sampling").add_argument
+    add(
         "--guidance_scale",
-        type=flags.number(1, 100),
+        type=flags.float_in(1, 100),
         default=2.0,
         metavar="X",
         help="1: as likely as the class; higher: more typical of it, and less varied [%(default)s]",
     )
-    add_sampling(
+    add(
         "--steps",
-        type=flags.whole(1, 1000),
+        type=flags.int_in(1, 1000),
         default=50,
         metavar="N",
         help="evaluations of the network an image, twice as many with guidance [%(default)s]",
     )
-    add_sampling(
-        "--seed", type=flags.whole(0, 2**32 - 1), default=0, metavar="N", help="[%(default)s]"
-    )
-    run = parser.add_argument_group("run").add_argument
-    run("--output", type=Path, required=True, metavar="DIR", help="the folder of the set")
-    run("--overwrite", action="store_true", help="throw away the set that is in --output")
-    run(
+    add("--seed", type=flags.int_in(0, 2**32 - 1), default=0, metavar="N", help="[%(default)s]")
+    add = parser.add_argument_group("run").add_argument
+    add("--output", type=Path, required=True, metavar="DIR", help="the folder of the set")
+    add("--overwrite", action="store_true", help="throw away the set that is in --output")
+    add(
         "--batch_size",
-        type=flags.whole(1, 10**5),
+        type=flags.int_in(1, 10**5),
         default=64,
         metavar="N",
         help="images at a time on a GPU; a CPU makes one at a time [%(default)s]",
     )
-    run("--device", type=flags.device, default="auto", help="auto, cpu, cuda, cuda:N [%(default)s]")
+    add("--device", type=flags.device, default="auto", help="auto, cpu, cuda, cuda:N [%(default)s]")
     args = parser.parse_args(argv)
     if "{class}" not in args.prompt:
         parser.error("--prompt says nowhere {class}")
-    if args.model is None:
-        args.model = MODELS[args.pipeline]
     return args
 
 
 def main(args: Namespace) -> None:
     rank, world_size = parallel.rank(), parallel.world_size()
     device, dtype = pick_device_and_dtype(args)
-    args.dtype = next(name for name, value in DTYPES.items() if value == dtype)  # for config.json
-    categories, identity = load_categories(args)
-    plan, images = Plan(categories, args), args.output / "images"
+    model = args.model or MODELS[args.pipeline]
+    categories, checksums = load_categories(args, model)
+    plan, images = Plan(categories, args, model), args.output / "images"
+    part = provenance(device, None if dtype == torch.float32 else dtype)
+    del part["from_epoch"]  # nothing is trained
     if args.overwrite:
         if world_size > 1:
             raise UserError(f"--overwrite is for one process: delete {args.output} yourself")
         discard(args.output)
-    claim(args, identity, tag=f".{rank}")
+    claim(args, {"model": model, "dtype": part["precision"], **checksums}, part)
 
     # The last bits of a network's output depend on the size of its batch. So a batch is made whole,
     # wherever an earlier job was stopped; and on the CPU, which gains little by batches, alone.
@@ -166,36 +160,41 @@ def main(args: Namespace) -> None:
     todo = [b for b in batches[rank::world_size] if not done.issuperset(map(plan.file, b))]
     with stopping(args):
         if todo:
+            if done and rank == 0:
+                add_part(args.output, part)
             pipeline = local if args.pipeline == "local" else from_hub
             make(plan, todo, pipeline(plan, device, dtype), rank)
         if existing(images).issuperset(map(plan.file, range(len(plan)))):  # the last one to be done
-            finish(plan, tag=f".{rank}")
+            finish(plan)
 
 
 def pick_device_and_dtype(args: Namespace) -> tuple[torch.device, torch.dtype]:
-    """What --device and --dtype say; under torchrun, each process has a GPU of its own."""
-    device, amp = pick_device(args.device, "auto")
-    dtype = DTYPES.get(args.dtype, amp or torch.float32)
+    """What --device and --dtype say; under torchrun, each process has a GPU of its own.
+
+    On a CPU "auto" is float32, so that every CPU makes the same images.
+    """
+    device, amp = pick_device(args.device, "auto" if args.dtype == "auto" else "off")
+    auto = amp if amp and device.type != "cpu" else torch.float32
+    dtype = DTYPES.get(args.dtype, auto)
     if dtype == torch.float16 and device.type == "cpu":
         raise UserError("--dtype fp16 needs a GPU: a CPU has float32 and bf16")
     return device, dtype
 
 
-def load_categories(args: Namespace) -> tuple[list[Category], dict]:
+def load_categories(args: Namespace, model: str) -> tuple[list[Category], dict]:
     """The classes, and checksums of what one set has to be made from: them, and a local model."""
+    sha256 = None
     if args.pipeline == "local":
-        if not Path(args.model).is_file():
-            raise UserError(
-                f"no model at {args.model}: synthetic_data/train_diffusion.py makes one"
-            )
-        categories = named(diffusion.load_unet(args.model)[1])
-        model = hashlib.sha256(Path(args.model).read_bytes()).hexdigest()
+        if not Path(model).is_file():
+            raise UserError(f"no model at {model}: synthetic_data/train_diffusion.py makes one")
+        categories = named(diffusion.load_unet(model)[1])
+        sha256 = hashlib.sha256(Path(model).read_bytes()).hexdigest()
         if args.classes:
             names = [category.name for category in categories]
             if [category.name for category in load_classes(args.classes)] != names:
-                raise UserError(f"{args.model} knows other classes: {', '.join(names)}")
+                raise UserError(f"{model} knows other classes: {', '.join(names)}")
     else:
-        categories, model = load_classes(args.classes or "cifar10"), None
+        categories = load_classes(args.classes or "cifar10")
     for category in categories:
         if args.pipeline == "dit" and not category.imagenet:
             raise UserError(
@@ -203,33 +202,33 @@ def load_categories(args: Namespace) -> tuple[list[Category], dict]:
                 "synthetic_data/README.md"
             )
     classes = hashlib.sha256(repr(categories).encode()).hexdigest()
-    return categories, {"model_sha256": model, "classes_sha256": classes}
+    return categories, {"model_sha256": sha256, "classes_sha256": classes}
 
 
 @contextmanager
 def stopping(args: Namespace) -> Iterator[None]:
-    """In this block, SIGINT and SIGTERM end the script with a line that says how to go on."""
+    """In this block, a signal to stop ends the script with a line that says how to resume."""
 
-    def stop(number: int, frame: object) -> None:
+    def stop(number: int) -> None:
         count = len(existing(args.output / "images"))
         same = "the same command" + ", without --overwrite," * args.overwrite
-        raise Stopped(number, f"stopped: {count:,} images are in {args.output}; {same} goes on")
+        raise Stopped(number, f"stopped: {count:,} images are in {args.output}; {same} resumes")
 
-    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    signals = StopSignals(stop)
+    signals.install()
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signals.restore()
 
 
 def make(plan: Plan, batches: list[range], draw: Draw, rank: int) -> None:
     """Make the images of `batches`. Errors: UserError."""
     args = plan.args
-    partial = args.output / f".partial-{rank}"
     interval = 0.5 if sys.stderr.isatty() else 60.0  # seconds: a log file has no use for more
-    total = sum(map(len, batches))
-    with tqdm(total=total, unit="img", mininterval=interval, disable=rank > 0) as bar:
+    bar = tqdm(total=sum(map(len, batches)), unit="img", mininterval=interval, disable=rank > 0)
+    private = tempfile.TemporaryDirectory(dir=args.output, prefix=".", suffix=".tmp")
+    with bar, private as folder:
         for batch in batches:
             try:
                 pictures = draw(batch)
@@ -241,7 +240,7 @@ def make(plan: Plan, batches: list[range], draw: Draw, rank: int) -> None:
                     "images that are made stay"
                 ) from error
             for n, pixels in zip(batch, to_pixels(pictures, args.image_size), strict=True):
-                write_image(args.output / "images" / plan.file(n), pixels, partial)
+                write_image(args.output / "images" / plan.file(n), pixels, Path(folder, "image"))
             bar.update(len(batch))
 
 
@@ -265,7 +264,7 @@ def from_hub(plan: Plan, device: torch.device, dtype: torch.dtype) -> Draw:
     is sampled by DDIM, not by DDPM as in the paper: for DDPM, diffusers' pipeline draws the noise
     of the whole batch at once, and an image would depend on the others in its batch.
     """
-    diffusers, model = diffusion.import_diffusers(), plan.args.model
+    diffusers, model = diffusion.import_diffusers(), plan.model
     name, options = "DiTPipeline", {}
     if plan.args.pipeline == "stable-diffusion":
         name = "StableDiffusionPipeline"
@@ -281,7 +280,7 @@ def from_hub(plan: Plan, device: torch.device, dtype: torch.dtype) -> Draw:
 
     def draw(numbers: range) -> Tensor:
         return pipeline(
-            [plan.asked(n) for n in numbers],  # prompts, or numbers of classes
+            [plan.condition(n) for n in numbers],  # prompts, or numbers of classes
             guidance_scale=plan.args.guidance_scale,
             num_inference_steps=plan.args.steps,
             generator=plan.generators(numbers),
@@ -293,10 +292,10 @@ def from_hub(plan: Plan, device: torch.device, dtype: torch.dtype) -> Draw:
 
 def local(plan: Plan, device: torch.device, dtype: torch.dtype) -> Draw:
     """The model of train_diffusion.py."""
-    unet = diffusion.load_unet(plan.args.model)[0].to(device)
+    unet = diffusion.load_unet(plan.model)[0].to(device)
 
     def draw(numbers: range) -> Tensor:
-        labels = torch.tensor([plan.asked(n) for n in numbers], device=device)
+        labels = torch.tensor([plan.condition(n) for n in numbers], device=device)
         noise = [torch.randn(3, 32, 32, generator=g) for g in plan.generators(numbers)]
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             return diffusion.sample(

@@ -2,7 +2,7 @@
 
 OUTPUT/
     images/            what a student reads, and nothing else
-    config.json        every flag, the command, git commit, versions, hardware
+    config.json        every flag, and for each part of the job command, commit, versions, hardware
     contact_sheets/    64 images of each class; contact_sheet.png has ten of each
     manifest.csv       a row an image; written last: a set that has one is finished
 
@@ -13,8 +13,8 @@ whoever writes it.
 import csv
 import functools
 import io
-import json
 import os
+import re
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -27,11 +27,19 @@ from PIL import Image
 from torchvision.utils import make_grid
 
 from data import CLASSES
-from experiment import UserError, read_config, replacing, surroundings
+from experiment.errors import UserError
+from experiment.files import atomic_write
+from experiment.folder import FORMAT, read_config, write_config
 from synthetic_data.classes import Category
 
-# What may differ when a stopped job goes on: what it runs on, not what it makes.
-FREE = ("output", "overwrite", "batch_size", "device")
+# What may differ when a stopped job is resumed: what it runs on, not what it makes. The model and
+# the dtype, which have defaults that depend on other things, are compared apart.
+FREE = ("output", "overwrite", "batch_size", "device", "model", "dtype")
+# The files of a set, which --overwrite deletes; and what a killed process may leave of one.
+FILES = {
+    "images": re.compile(r"([^/]+/)?\d{6}( \(\d+\))?\.png", re.DOTALL),
+    "contact_sheets": re.compile(r"[^/]+\.(png|tmp)", re.DOTALL),
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Plan:
 
     categories: list[Category]
     args: Namespace  # of generate.py
+    model: str  # its name or path
 
     def __len__(self) -> int:
         return len(self.categories) * self.args.per_class
@@ -62,13 +71,13 @@ class Plan:
             return f"{index:06d}.png" if label == 0 else f"{index:06d} ({label + 1}).png"
         return f"{self.categories[label].folder}/{index:06d}.png"
 
-    def asked(self, n: int) -> str | int:
-        """What the model is asked for: a prompt, the number of an ImageNet class, or a label."""
+    def condition(self, n: int) -> str | int:
+        """What the model is conditioned on: a prompt, the number of an ImageNet class, a label."""
         index, label = divmod(n, len(self.categories))
         category = self.categories[label]
         if self.args.pipeline == "stable-diffusion":
-            subject = category.subjects[index % len(category.subjects)]
-            return self.args.prompt.replace("{class}", subject)
+            prompt = category.prompts[index % len(category.prompts)]
+            return self.args.prompt.replace("{class}", prompt)
         if self.args.pipeline == "dit":
             return category.imagenet[index % len(category.imagenet)]
         return label
@@ -97,51 +106,60 @@ class Plan:
         yield "file", "class", "prompt", "seed", "guidance_scale", "steps", "model"
         for n in range(len(self)):
             name, seed = self.categories[self.label(n)].name, self.image_seed(n)
-            origin = (args.guidance_scale, args.steps, args.model)
-            yield f"images/{self.file(n)}", name, self.asked(n), seed, *origin
+            origin = (args.guidance_scale, args.steps, self.model)
+            yield f"images/{self.file(n)}", name, self.condition(n), seed, *origin
 
 
-def claim(args: Namespace, identity: dict, tag: str) -> None:
-    """Begin the set in --output, or go on with it. Errors: UserError when it is not this one.
+def claim(args: Namespace, identity: dict, part: dict) -> None:
+    """Begin the set in --output, or resume it. Errors: UserError when it is another one.
 
-    `identity` is what has to be the same beside the flags; `tag` tells processes apart.
+    `identity` is what has to be the same beside the flags, `part` where the images come from.
     """
-    path, images = args.output / "config.json", args.output / "images"
+    images = args.output / "images"
     stored = {key: value for key, value in vars(args).items() if key not in FREE}
     listed = [args.output.name] if args.output.exists() else []
     if args.output.is_dir():
-        listed = [name for name in os.listdir(args.output) if not name.startswith(path.name)]
-    config = read_config(args.output) if path.exists() else {}  # after looking: see the end
-    if (listed or config) and config.get("kind") != "images" and not args.overwrite:
+        names = os.listdir(args.output)
+        listed = [name for name in names if name != "config.json" and not name.endswith(".tmp")]
+    begun = (args.output / "config.json").exists()  # after looking: see the end
+    config = read_config(args.output) if begun else {}
+    if (listed or begun) and config.get("name") != "images" and not args.overwrite:
         raise UserError(f"{args.output} holds something else already: name a new folder")
-    if config and images.exists() and existing(images):
-        otherwise = "name another --output, or --overwrite this one"
-        for key, value in stored.items():
-            was = config["args"].get(key)
-            if was != value:
+    if begun and images.exists() and existing(images):
+        before = {f"--{key}": value for key, value in config["args"].items()} | config
+        for key, value in ({f"--{key}": x for key, x in stored.items()} | identity).items():
+            if before.get(key) != value:
                 raise UserError(
-                    f"{args.output} was made with --{key} {was}, not {value}: {otherwise}"
+                    f"{args.output} was made with {key} {before.get(key)}, not {value}: name "
+                    "another --output, or --overwrite this one"
                 )
-        for key, value in identity.items():
-            if config.get(key) != value:
-                raise UserError(f"{args.output} was begun with another {key}: {otherwise}")
         return
     args.output.mkdir(parents=True, exist_ok=True)
-    config = {"kind": "images", **surroundings(args.device), **identity, "args": stored}
-    with replacing(path, tag) as file:
-        file.write((json.dumps(config, indent=2) + "\n").encode())
+    config = {"name": "images", "format": FORMAT, **identity, "args": stored, "parts": [part]}
+    write_config(args.output, config)
     images.mkdir(exist_ok=True)  # last: another process that sees it has to find config.json
+
+
+def add_part(output: Path, part: dict) -> None:
+    """Record in config.json where the images of a resumed job come from. Errors: UserError."""
+    config = read_config(output)
+    write_config(output, {**config, "parts": [*config["parts"], part]})
 
 
 def discard(output: Path) -> None:
     """Delete a set, and nothing else that may lie beside it. Errors: UserError."""
     if not output.exists():
         return
-    if not (output / "config.json").exists() or read_config(output).get("kind") != "images":
+    if not (output / "config.json").exists() or read_config(output).get("name") != "images":
         raise UserError(f"{output} is no set of images: --overwrite does not delete it")
+    folders = [folder for name in FILES if (folder := output / name).is_dir()]
+    for folder in folders:
+        for file in existing(folder):
+            if not FILES[folder.name].fullmatch(file):
+                raise UserError(f"{folder / file} is not of the set: --overwrite keeps all of it")
     (output / "manifest.csv").unlink(missing_ok=True)
-    for folder in ("images", "contact_sheets"):
-        shutil.rmtree(output / folder, ignore_errors=True)
+    for folder in folders:
+        shutil.rmtree(folder)
     (output / "contact_sheet.png").unlink(missing_ok=True)
     (output / "config.json").unlink()  # last: it says that the rest may be deleted
 
@@ -160,8 +178,8 @@ def existing(images: Path) -> set[str]:
 def write_image(path: Path, pixels: np.ndarray, partial: Path) -> None:
     """uint8 (H, W, 3) as a PNG, by way of the file `partial`: images/ never holds half a file.
 
-    There is no waiting for the disk, as in `experiment.replacing`: it would take longer than
-    making the images. Killing the process does no harm; a power failure may. Errors: UserError.
+    It does not wait for the disk, as `atomic_write` does: that would take longer than making the
+    images. Killing the process does no harm; a power failure may. Errors: UserError.
     """
     try:
         path.parent.mkdir(exist_ok=True)
@@ -170,17 +188,17 @@ def write_image(path: Path, pixels: np.ndarray, partial: Path) -> None:
     except OSError as error:  # a full disk, say: it names no file
         reason = error.strerror or error
         raise UserError(f"{path} cannot be written: {reason}; the images before it stay") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
-def finish(plan: Plan, tag: str) -> None:
+def finish(plan: Plan) -> None:
     """Write the contact sheets and manifest.csv. Errors: UserError when it is another one."""
     output, size = plan.args.output, len(plan.categories)
     path, text = output / "manifest.csv", io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(plan.manifest())
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # also for a "\r"
+    writer.writerows(plan.manifest())
+    manifest = text.getvalue().encode(errors="surrogateescape")  # a path need not be UTF-8
     if path.exists():
-        if path.read_text(encoding="utf-8") != text.getvalue():
+        if path.read_bytes() != manifest:
             raise UserError(
                 f"{path} disagrees with the flags: name another --output, or --overwrite this one"
             )
@@ -189,20 +207,19 @@ def finish(plan: Plan, tag: str) -> None:
         for label, category in enumerate(plan.categories):
             numbers = range(label, len(plan), size)[:64]
             sheet = output / "contact_sheets" / f"{category.folder}.png"
-            _write_sheet(sheet, plan, numbers, columns=8, tag=tag)
+            _write_sheet(sheet, plan, numbers, columns=8)
         rows = [n for label in range(min(size, 100)) for n in range(label, len(plan), size)[:10]]
-        columns = min(10, plan.args.per_class)
-        _write_sheet(output / "contact_sheet.png", plan, rows, columns, tag)
-        with replacing(path, tag) as file:
-            file.write(text.getvalue().encode())
+        _write_sheet(output / "contact_sheet.png", plan, rows, min(10, plan.args.per_class))
+        with atomic_write(path) as file:
+            file.write(manifest)
     print(f"{output} is finished: {len(plan):,} images, manifest.csv, contact_sheet.png")
 
 
-def _write_sheet(path: Path, plan: Plan, numbers: Sequence[int], columns: int, tag: str) -> None:
+def _write_sheet(path: Path, plan: Plan, numbers: Sequence[int], columns: int) -> None:
     pictures = []
     for n in numbers:
         with Image.open(plan.args.output / "images" / plan.file(n)) as picture:
             pictures.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))  # (3, H, W)
     sheet = make_grid(torch.stack(pictures), nrow=columns, pad_value=255).permute(1, 2, 0)
-    with replacing(path, tag) as file:
+    with atomic_write(path) as file:
         Image.fromarray(sheet.numpy()).save(file, format="PNG")

@@ -3,7 +3,8 @@
     python synthetic_data/measure.py images/own/images --output images/own/measures
     python synthetic_data/measure.py synthetic_data/cifake_train_fake --output runs/cifake_measures
 
-The first folder is what a student would be trained on. OUTPUT gets
+The first folder is what a student would be trained on. OUTPUT gets two files, and must not have
+them yet:
 
     measures.json    teacher_accuracy: percent of the images that the teacher takes for the class
                      they were made for; confidence: its highest probability, the mean in percent;
@@ -29,20 +30,23 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.utils import save_image
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.utils.data import Dataset  # noqa: E402
-from torchvision.utils import save_image  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import flags  # noqa: E402
-from data import TEST_BATCH_SIZE, DeviceLoader, ImageSet, load_cifake, load_cifar10  # noqa: E402
-from engine import predict  # noqa: E402
-from experiment import one_line_errors, pick_device, replacing  # noqa: E402
-from models import load_model  # noqa: E402
+from data import TEST_BATCH_SIZE, DeviceLoader, ImageSet, load_cifake, load_cifar10
+from engine import predict
+from experiment import flags
+from experiment.device import pick_device
+from experiment.errors import UserError, one_line_errors
+from experiment.files import atomic_write
+from models import load_model
+
+RESULTS = ("measures.json", "nearest.png")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -61,13 +65,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     )
     parser.add_argument(
         "--limit",
-        type=flags.whole(24, 10**9),
+        type=flags.int_in(24, 10**9),
         metavar="N",
         help="take only the first N images of each set, for a quick try [all]",
     )
     parser.add_argument(
         "--neighbours",
-        type=flags.whole(24, 10**5),
+        type=flags.int_in(24, 10**5),
         default=1000,
         metavar="N",
         help="search the nearest training images of N images [%(default)s]",
@@ -77,6 +81,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def main(args: Namespace) -> None:
+    for name in RESULTS:
+        if (args.output / name).exists():
+            raise UserError(f"{args.output / name} exists: name another --output, or delete it")
     device = pick_device(args.device, "off")[0]
     torch.set_float32_matmul_precision("highest")  # distances of near copies are small differences
     teacher = load_model(args.teacher_weights, num_classes=10).to(device)
@@ -86,7 +93,7 @@ def main(args: Namespace) -> None:
     )
     args.output.mkdir(parents=True, exist_ok=True)
 
-    logits = predict(teacher, DeviceLoader(made, TEST_BATCH_SIZE, device, train=False)).cpu()
+    logits = predict(teacher, DeviceLoader(made, TEST_BATCH_SIZE, device, train=False))
     measures = {
         "images": str(args.images),
         "count": len(made),
@@ -115,9 +122,9 @@ def main(args: Namespace) -> None:
     ]
     apart = slice(None, None, -(-len(samples) // 24))
     rows = torch.stack([column[apart] for column in columns], dim=1)  # (24, 3, 3, 32, 32)
-    with replacing(args.output / "nearest.png") as file:
+    with atomic_write(args.output / "nearest.png") as file:
         save_image(rows.flatten(0, 1) / 255, file, nrow=12, format="png")
-    with replacing(args.output / "measures.json") as file:
+    with atomic_write(args.output / "measures.json") as file:
         file.write((json.dumps(measures, indent=2) + "\n").encode())
     print(json.dumps(measures, indent=2))
 

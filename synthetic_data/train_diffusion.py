@@ -3,89 +3,83 @@
     python synthetic_data/train_diffusion.py --epochs 100 --lr 0.0005 --batch_size 256
 
 A class-conditional diffusion model of 35.8 million parameters (synthetic_data/diffusion.py) learns
-from the 50,000 real training images of CIFAR-10, mirrored at random, and is written to
-diffusion_cifar10.pth when the last epoch is done: the moving average of its weights.
-`python synthetic_data/generate.py --pipeline local` makes images with it. As in the paper, the
-generator has then seen real images of the domain, and the student still has not.
+from the 50,000 real training images of CIFAR-10, mirrored at random. The moving average of its
+weights goes to diffusion_cifar10.pth, from which `generate.py --pipeline local` makes images. As in
+the paper, the generator has then seen real images of the domain, and the student still has not.
 
-The run has a folder, runs/diffusion-001: config.json, metrics.csv, last.pt, and at the end
-samples.png, a row a class. `--demo` spends about a minute of one CPU core on the drawn pictures of
-demo_images.py: enough to see that it works, not to see a shape. Not yet run on a GPU: whether 100
+The run is in runs/diffusion-001, as any other; samples.png has a row for each class. `--demo` takes
+a minute on a CPU and shows that it works, not what it can do. Not yet run on a GPU: whether 100
 epochs take less than 20 minutes of an H200, as they are meant to, is not known.
 """
 
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+import torch
+from torch import Tensor, nn
+from torchvision.utils import save_image
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torchvision.utils import save_image  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import flags  # noqa: E402
-import parallel  # noqa: E402
-from data import REAL_SETS, ImageSet, load_demo  # noqa: E402
-from engine import TrainStep, WeightAverage, build_optimizer, build_scheduler  # noqa: E402
-from experiment import (  # noqa: E402
-    Progress,
-    Run,
-    UserError,
-    one_line_errors,
-    pick_device,
-    replacing,
-    seed_everything,
+from data import REAL_SETS, ImageSet, check_batch_size
+from engine import TrainStep, train_one_epoch
+from experiment import flags, parallel
+from experiment.device import pick_device, seed_everything
+from experiment.errors import UserError, one_line_errors
+from experiment.files import atomic_write
+from experiment.folder import parse_args as parse_run_args
+from experiment.run import Run
+from optimizers import EMA, build_optimizer, build_scheduler
+from plots import plot_run
+from synthetic_data import diffusion
+from synthetic_data.demo_images import load_demo
+
+# The recipe, and what --demo changes.
+RECIPE = dict(
+    epochs=100,
+    batch_size=256,
+    optimizer="adam",
+    lr=5e-4,
+    weight_decay=0.0,
+    scheduler="onecycle",
+    ema=0.9995,
 )
-from synthetic_data import diffusion  # noqa: E402
-
-# The recipe, and the demo's.
-RECIPE = dict(epochs=100, lr=5e-4, optimizer="adam", weight_decay=0.0, scheduler="onecycle")
-DEMO = dict(
-    epochs=2,
-    batch_size=32,
-    lr=2e-3,
-    channels=16,
-    layers=1,
-    ema=0.98,
-    output=Path("runs/demo/diffusion_cifar10.pth"),
-)
+DEMO = dict(epochs=2, batch_size=32, lr=2e-3, channels=16, layers=1, ema=0.98)
+DEMO |= dict(output=Path("runs/demo/diffusion_cifar10.pth"))
 
 SHEET = dict(guidance_scale=2.0, steps=20)  # of samples.png
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = flags.Parser(__doc__)
-    flags.add_data_flags(parser)
-    model = parser.add_argument_group("model (U-Net)")
-    model.add_argument(
+    flags.add_data_flags(parser, DEMO)
+    add = parser.add_argument_group("model (U-Net)").add_argument
+    add(
         "--channels",
-        type=flags.whole(8, 1024),
+        type=flags.int_in(8, 1024),
         default=128,
         metavar="N",
         help="width at full resolution, a multiple of 8 [%(default)s]",
     )
-    model.add_argument(
+    add(
         "--layers",
-        type=flags.whole(1, 8),
+        type=flags.int_in(1, 8),
         default=2,
         metavar="N",
         help="residual blocks at each of the four resolutions [%(default)s]",
     )
-    model.add_argument(
+    add(
         "--label_dropout",
-        type=flags.number(0, 1),
+        type=flags.float_in(0, 1),
         default=0.1,
         metavar="X",
         help='share of the labels that become "any", for guidance [%(default)s]',
     )
-    flags.add_optimisation_flags(parser, **RECIPE)
-    parser.set_defaults(batch_size=256, ema=0.9995)
+    flags.add_optimisation_flags(parser, RECIPE)
     flags.add_run_flags(parser, "diffusion", "diffusion_cifar10.pth")
-    args = flags.parse(parser, argv, "diffusion", DEMO)
+    args = parse_run_args(parser, argv, "diffusion", DEMO)
     if args.channels % 8:
         parser.error(f"--channels {args.channels} is no multiple of 8")
     return args
@@ -94,7 +88,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 def main(args: Namespace) -> None:
     if parallel.world_size() > 1:
         raise UserError("one process trains the generator: start it with python")
-    device, amp = pick_device(args.device, args.amp)
+    device, amp = pick_device(args.device, args.amp, args.sync_bn)
 
     # data
     load_real = REAL_SETS[args.dataset]
@@ -103,76 +97,59 @@ def main(args: Namespace) -> None:
         for part in ("train", "test")
     )
     train_set, test_set = train_set.first(args.limit), test_set.first(args.limit)
-    images, labels = train_set.images.to(device), train_set.labels.to(device)
-    steps = len(images) // args.batch_size
-    if steps == 0:
-        raise UserError(f"--batch_size {args.batch_size} is more than the {len(images)} images")
+    train_loader = MirroredLoader(train_set, args.batch_size, device)
 
     # model, optimizer, scheduler
     seed_everything(args.seed)
-    unet = diffusion.build_unet(len(train_set.classes), args.channels, args.layers)
-    unet.to(device)
-    schedule = diffusion.build_schedule()
-    optimizer = build_optimizer(unet, args)
-    scheduler = build_scheduler(optimizer, args, args.epochs * steps)
-    average = WeightAverage(unet, args.ema)
+    unet = diffusion.build_unet(len(train_set.classes), args.channels, args.layers).to(device)
     size = sum(weight.numel() for weight in unet.parameters())
-    print(f"{size / 1e6:.1f} million parameters, {steps} steps an epoch", flush=True)
+    print(f"{size / 1e6:.1f} million parameters, {len(train_loader)} steps an epoch", flush=True)
+    noise_schedule = diffusion.build_schedule()
+    optimizer = build_optimizer(unet, args)
+    scheduler = build_scheduler(optimizer, args, args.epochs * len(train_loader))
+    ema = EMA(unet, args.ema)
 
     def loss_fn(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        loss = diffusion.diffusion_loss(unet, schedule, images, labels, args.label_dropout)
-        return loss, labels  # nothing is classified: TrainStep hands the second on, unread
+        loss = diffusion.diffusion_loss(unet, noise_schedule, images, labels, args.label_dropout)
+        return loss, labels < 0  # nothing is classified, and nothing matches
 
-    # the run
-    step = TrainStep(loss_fn, optimizer, amp, not args.no_graph, average.update)
-    run = Run(args, "diffusion", {"train_images": len(train_set), "test_images": len(test_set)})
-    first_epoch = run.restore(average.model, optimizer, scheduler, unet)
-    progress = Progress(first_epoch, args.epochs, steps * args.batch_size)
-    with run:
-        for epoch in range(first_epoch, args.epochs + 1):
-            began, lr = time.perf_counter(), float(scheduler.get_last_lr()[0])
-            seed_everything(args.seed, epoch)
-            loss_sum = torch.zeros((), device=device)
-            for batch in mirrored_batches(images, labels, args.batch_size):
-                loss, _ = step(*batch)
-                scheduler.step()
-                loss_sum += loss
-                if progress.on_batch is not None:
-                    progress.on_batch(args.batch_size, loss)
-            train_loss = loss_sum.item() / steps  # waits for the device
-            trained = time.perf_counter()
-            row = {
-                "epoch": epoch,
-                "lr": lr,
-                "train_loss": train_loss,
-                "test_loss": fixed_loss(average.model, schedule, test_set, device, amp),
-                "seconds": time.perf_counter() - began,
-                "images_per_second": steps * args.batch_size / (trained - began),
-            }
-            checkpoint = diffusion.to_checkpoint(average.model, train_set.classes)
-            run.record(row, checkpoint, optimizer, scheduler, unet)
-            progress.epoch(row)
-        progress.close()
-        draw_samples(average.model, len(train_set.classes), run.folder / "samples.png", device, amp)
-        checkpoint = diffusion.to_checkpoint(average.model, train_set.classes)
-        run.export(checkpoint, "samples.png, metrics.csv, ...")
+    # the run: config.json, metrics.csv, checkpoints and plots in runs/diffusion-001
+    step = TrainStep(loss_fn, optimizer, amp, ema, graph=not args.no_cuda_graph)
+    state = dict(model=ema.model, trained=unet, ema=ema, optimizer=optimizer, scheduler=scheduler)
+    about = diffusion.describe(unet, train_set.classes)
+    must_match = {"train_images": len(train_set), "test_images": len(test_set)}
+    with Run(args, "diffusion", state, about, device, amp, must_match, plot_run, None) as run:
+        for _ in run.epochs():
+            train = train_one_epoch(unet, train_loader, step, scheduler, run.on_batch)
+            row = {"train_loss": train["loss"]}
+            row["test_loss"] = fixed_loss(ema.model, noise_schedule, test_set, device, amp)
+            run.log({**row, "images_per_second": train["images_per_second"]})
+        draw_samples(ema.model, len(train_set.classes), run.folder / "samples.png", device, amp)
+        run.finish()
 
 
-def mirrored_batches(
-    images: Tensor, labels: Tensor, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+class MirroredLoader:
     """All full batches of an epoch, in a new order, half of the images mirrored.
 
-    images: uint8 (N, 3, 32, 32) and labels: int64 (N,), which live on the device. Yields float32
-    (B, 3, 32, 32), -1 to 1, and int64 (B,). The draws are made on the CPU, for every device alike.
+    Yields float32 (B, 3, 32, 32), -1 to 1, and int64 (B,). The images live on `device`; the draws
+    are made on the CPU, for every device alike. Errors: UserError if there is no full batch.
     """
-    order = torch.randperm(len(images)).to(images.device)
-    mirror = (torch.rand(len(images), 1, 1, 1) < 0.5).to(images.device)
-    for start in range(0, len(images) - batch_size + 1, batch_size):
-        index = order[start : start + batch_size]
-        batch = images[index]
-        batch = torch.where(mirror[index], batch.flip(3), batch)
-        yield _scaled(batch), labels[index]
+
+    def __init__(self, data: ImageSet, batch_size: int, device: torch.device) -> None:
+        check_batch_size(batch_size, len(data))
+        self.images, self.labels = data.images.to(device), data.labels.to(device)
+        self.batch_size, self.device = batch_size, device
+
+    def __len__(self) -> int:
+        return len(self.images) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.images)).to(self.device)
+        mirror = (torch.rand(len(self.images), 1, 1, 1) < 0.5).to(self.device)
+        for index in order.split(self.batch_size)[: len(self)]:
+            images = self.images[index]
+            images = torch.where(mirror[index], images.flip(3), images)
+            yield _scaled(images), self.labels[index]
 
 
 def _scaled(images: Tensor) -> Tensor:
@@ -205,7 +182,7 @@ def draw_samples(
     noise = torch.randn(len(labels), 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
         images = diffusion.sample(unet, labels.to(device), noise.to(device), **SHEET)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         save_image(images, file, nrow=8, format="png")
 
 

@@ -18,6 +18,7 @@ complete, and is never changed afterwards.
 
 import shutil
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,13 +29,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import flags
 from data import TEST_BATCH_SIZE, DeviceLoader, ImageSet, load_cifake
 from engine import predict
-from experiment import UserError, one_line_errors, pick_device
+from experiment import flags
+from experiment.device import pick_device
+from experiment.errors import UserError, one_line_errors
 from models import load_model
 
-KINDS = ("subset", "disputed", "agreed", "undivided", "blur", "jpeg")
+SPOILT = ("blur", "jpeg")
+KINDS = ("subset", "disputed", "agreed", "undivided", *SPOILT)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -49,10 +52,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         metavar="DIR",
         help="holds the images to choose from [%(default)s]",
     )
-    add("--count", type=flags.whole(1, 10**9), default=10_000, help="of subset [%(default)s]")
+    add("--count", type=flags.int_in(1, 10**9), default=10_000, help="of subset [%(default)s]")
     add("--teacher", default="teacher_cifar10_finetuned.pth", metavar="FILE", help="[%(default)s]")
-    add("--radius", type=flags.number(0, 32, above=True), default=1.0, help="[%(default)s]")
-    add("--quality", type=flags.whole(1, 95), default=5, help="[%(default)s]")
+    add("--radius", type=flags.float_in(0, 32, above=True), default=1.0, help="[%(default)s]")
+    add("--quality", type=flags.int_in(1, 95), default=5, help="[%(default)s]")
     return parser.parse_args(argv)
 
 
@@ -62,24 +65,31 @@ def main(args: Namespace) -> None:
     images = load_cifake(args.synthetic_data_dir)
     listed = args.synthetic_data_dir.iterdir()
     files = sorted(path for path in listed if not path.name.startswith("."))  # as `images` has them
-    spoilt = args.kind in ("blur", "jpeg")
-    chosen = torch.arange(len(images)) if spoilt else choose(images, args)
+    chosen = torch.arange(len(images)) if args.kind in SPOILT else choose(images, args)
     if len(chosen) == 0:
         raise UserError("the teacher disputes none of the images")
-    partial = args.folder.with_name(args.folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for i in chosen.tolist():
-        name, pixels = files[i].stem, images.images[i].permute(1, 2, 0).numpy()  # (32, 32, 3)
-        if args.kind == "blur":
-            blurred = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(args.radius))
-            blurred.save(partial / f"{name}.png")
-        elif args.kind == "jpeg":
-            Image.fromarray(pixels).save(partial / f"{name}.jpg", quality=args.quality)
-        else:
-            shutil.copyfile(files[i], partial / files[i].name)
-    partial.replace(args.folder)
+    args.folder.parent.mkdir(parents=True, exist_ok=True)
+    private = tempfile.TemporaryDirectory(dir=args.folder.parent, prefix=".", suffix=".tmp")
+    with private as folder:
+        partial = Path(folder, "images")  # with the permissions of any other folder
+        partial.mkdir()
+        for i in chosen.tolist():
+            write(files[i], images.images[i], partial, args)
+        partial.rename(args.folder)
     print(f"{args.folder}: {len(chosen):,} images")
+
+
+def write(file: Path, image: Tensor, folder: Path, args: Namespace) -> None:
+    """Spoil `image`, uint8 (3, 32, 32), as `args.kind` says, or else copy its `file`."""
+    if args.kind not in SPOILT:
+        shutil.copyfile(file, folder / file.name)
+        return
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())  # (32, 32, 3)
+    if args.kind == "blur":
+        blurred = picture.filter(ImageFilter.GaussianBlur(args.radius))
+        blurred.save(folder / f"{file.stem}.png")
+    else:
+        picture.save(folder / f"{file.stem}.jpg", quality=args.quality)
 
 
 def choose(images: ImageSet, args: Namespace) -> Tensor:
@@ -92,7 +102,7 @@ def choose(images: ImageSet, args: Namespace) -> Tensor:
     device, amp = pick_device("auto", "off")
     teacher = load_model(args.teacher, classes=list(images.classes)).to(device)
     loader = DeviceLoader(images, TEST_BATCH_SIZE, device, train=False)
-    disputed = predict(teacher, loader, amp).argmax(1).cpu() != images.labels
+    disputed = predict(teacher, loader, amp).argmax(1) != images.labels
     if args.kind == "disputed":
         return disputed.nonzero()[:, 0]
     if args.kind == "agreed":

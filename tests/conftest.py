@@ -1,28 +1,105 @@
+import csv
 import hashlib
 import os
 import pickle
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 from torchvision.datasets import CIFAR100
 
 import data
 import fine_tune_teacher_cifar10 as teacher_script
 import main_train_cifar10 as student_script
+from experiment.run import Run
+from optimizers import build_scheduler
 
 REPOSITORY = Path(__file__).parent.parent
 # A run of a second or two that goes through all of a script.
 TINY = "--demo --epochs 2 --limit 96 --batch_size 32 --device cpu".split()
+SMALL_NETWORK = "--arch wrn_16_1 --stem cifar".split()
+TIMES = ("seconds", "images_per_second")
 
 
 def run_teacher(*argv: str | Path) -> None:
-    teacher_script.main(teacher_script.parse_args([*TINY, *map(str, argv)]))
+    """The teacher's script, with the smallest network unless `argv` names another."""
+    argv = [*TINY, *SMALL_NETWORK, *map(str, argv)]
+    teacher_script.main(teacher_script.parse_args(argv))
 
 
 def run_student(*argv: str | Path) -> None:
-    student_script.main(student_script.parse_args([*TINY, *map(str, argv)]))
+    """The student's script, with the smallest network unless `argv` names another."""
+    argv = [*TINY, *SMALL_NETWORK, *map(str, argv)]
+    student_script.main(student_script.parse_args(argv))
+
+
+def metrics(folder: str | Path) -> list[dict[str, str]]:
+    """The rows of a run's metrics.csv."""
+    with open(Path(folder, "metrics.csv"), newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ------------------------------------------------------------------- a run without its training
+
+
+def run_args(**changes) -> Namespace:
+    """What `Run` reads of a script's flags."""
+    given = {"demo": False, "run_dir": None, "resume": None, "output": Path("out.pth")}
+    return Namespace(**{**given, "epochs": 9, "seed": 0, **changes})
+
+
+def tiny_state() -> dict:
+    """A tiny model with an optimizer and a scheduler that have some state."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    schedule = Namespace(scheduler="multistep", milestones=[0.5, 0.8], gamma=0.1, warmup=0.0)
+    scheduler = build_scheduler(optimizer, schedule, 10)
+    for _ in range(6):
+        model(torch.randn(4, 3)).sum().backward()
+        optimizer.step()
+        scheduler.step()
+    return {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+
+
+def make_run(state: dict | None = None, must_match: dict | None = None, **more) -> Run:
+    """A run of `state`; of `more`, the flags go to `run_args`, and the others to `Run`."""
+    flags = {key: more.pop(key) for key in list(more) if key in vars(run_args())}
+    about = {"arch": "linear", "classes": ["cat", "dog"]}
+    given = {"name": "student", "device": torch.device("cpu"), "amp": None, **more}
+    state, must_match = state or tiny_state(), must_match or {}
+    return Run(run_args(**flags), state=state, about=about, must_match=must_match, **given)
+
+
+def row(accuracy: float, loss: float = 1.0) -> dict[str, float]:
+    """What a script gives to `Run.log`."""
+    return {
+        "train_loss": loss,
+        "train_agreement": 50.0,
+        "test_loss": 1.5,
+        "test_accuracy": accuracy,
+        "images_per_second": 1234.5,
+    }
+
+
+def log(run: Run, *accuracies: float) -> None:
+    """As many epochs of a run as there are test accuracies."""
+    for accuracy, _ in zip(accuracies, run.epochs(), strict=False):
+        run.log(row(accuracy))
+
+
+# --------------------------------------------------------------------------------------- fixtures
+
+
+@pytest.fixture(autouse=True)
+def no_plots(request, monkeypatch) -> None:
+    """The scripts draw nothing, but in tests with the mark `draws`."""
+    if "draws" not in request.keywords:
+        for script in (teacher_script, student_script):
+            monkeypatch.setattr(script, "plot_run", lambda folder: None)
 
 
 @pytest.fixture
@@ -34,9 +111,11 @@ def workdir(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="session")
 def demo_teacher(tmp_path_factory) -> Path:
-    """The checkpoint of a hardly trained demo teacher with the ImageNet stem."""
+    """The checkpoint of a hardly trained demo teacher."""
     folder = tmp_path_factory.mktemp("demo_teacher")
-    run_teacher("--run_dir", folder / "run", "--output", folder / "teacher.pth")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher_script, "plot_run", lambda folder: None)
+        run_teacher("--run_dir", folder / "run", "--output", folder / "teacher.pth")
     return folder / "teacher.pth"
 
 
@@ -102,5 +181,6 @@ def real_data() -> Path:
 
 def as_rank(monkeypatch, rank: int, ranks: int) -> None:
     """Let this process take itself for one of several."""
-    monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    names = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_PORT": 1}
+    for name, value in {**names, "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, str(value))

@@ -1,22 +1,24 @@
 """Whole batches on the device, against torchvision or an obvious loop on the same draws."""
 
+import numpy as np
 import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
 from augmentations import (
     AUGMENTATIONS,
-    MIXES,
     crop_and_flip,
     cutmix,
     draw_mixes,
-    draw_strong,
+    draw_reflected_crops,
+    draw_resized_crop_and_jitter,
     jitter,
     mix_labels,
     mixup,
-    strong,
+    reflected_crop_and_flip,
+    resized_crop_and_jitter,
 )
-from data import CLASSES, DeviceLoader, ImageSet
+from data import CIFAR10_MEAN, CIFAR10_STD, CLASSES, DeviceLoader, ImageSet
 
 
 def made_images(n: int) -> torch.Tensor:
@@ -36,6 +38,21 @@ def test_crops_and_flips_are_torchvisions():
         assert torch.equal(ours[i], theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_reflected_crops_are_numpys(dtype):
+    images = made_images(64).to(dtype)
+    torch.manual_seed(0)
+    top, left = draw_reflected_crops(64)
+    flip = torch.rand(64) < 0.5
+    assert {*top.tolist()} == {*left.tolist()} == {0, 1, 2, 3, 4}
+    ours = reflected_crop_and_flip(images, top, left, flip)
+    assert ours.dtype == dtype
+    for i in range(64):
+        padded = np.pad(images[i].numpy(), ((0, 0), (2, 2), (2, 2)), mode="reflect")
+        theirs = padded[:, top[i] : top[i] + 32, left[i] : left[i] + 32]
+        assert np.array_equal(ours[i].numpy(), theirs[:, :, ::-1] if flip[i] else theirs)
+
+
 def test_colours_are_torchvisions():
     images = made_images(16).float() / 255
     factors = 0.6 + 0.8 * torch.rand(16, 3, generator=torch.Generator().manual_seed(0))
@@ -50,19 +67,19 @@ def test_a_part_of_a_picture_is_torchvisions_resized_crop():
     images, same = made_images(2), torch.ones(2, 3)
     whole = torch.tensor([[1.0, 1.0, 0.0, 0.0]] * 2)
     flip = torch.tensor([False, True])
-    got = strong(images, whole, flip, same)
+    got = resized_crop_and_jitter(images, whole, flip, same)
     assert torch.allclose(got[0], images[0].float(), atol=1e-2)
     assert torch.allclose(got[1], images[1].flip(2).float(), atol=1e-2)
     # rows 8 to 24 and columns 16 to 32; at the rim of the part, ours looks over it and theirs not
     part = torch.tensor([[0.5, 0.5, 0.5, 0.0]] * 2)
-    got = strong(images, part, torch.tensor([False, False]), same)
+    got = resized_crop_and_jitter(images, part, torch.tensor([False, False]), same)
     theirs = F.resized_crop(images.float(), 8, 16, 16, 16, [32, 32], antialias=False)
     assert torch.allclose(got[..., 1:-1, 1:-1], theirs[..., 1:-1, 1:-1], atol=1e-2)
 
 
-def test_strong_draws_keep_to_their_ranges():
+def test_resized_crops_keep_to_their_ranges():
     torch.manual_seed(0)
-    box, flip, factors = draw_strong(20_000)
+    box, flip, factors = draw_resized_crop_and_jitter(20_000)
     width, height, x, y = box.unbind(1)
     assert (width.max(), height.max()) <= (1, 1)
     assert 0.24 < (width * height).min() < 0.27
@@ -74,9 +91,8 @@ def test_strong_draws_keep_to_their_ranges():
 
 def test_mixup_is_a_blend_of_neighbours():
     images, labels = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
-    share = torch.tensor(0.3)
-    mixed, kept = mixup(images, share, torch.rand(2))
-    targets = mix_labels(labels, kept, 3)
+    mixed, lam = mixup(images, torch.tensor(0.3), torch.rand(2))
+    targets = mix_labels(labels, lam, 3)
     for i in range(6):
         assert torch.allclose(mixed[i], 0.3 * images[i] + 0.7 * images[i - 1])
         expected = torch.zeros(3)
@@ -85,38 +101,48 @@ def test_mixup_is_a_blend_of_neighbours():
         assert torch.allclose(targets[i], expected)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.6, 1.0])
+@pytest.mark.parametrize("drawn", [0.0, 0.25, 0.6, 1.0])
 @pytest.mark.parametrize("centre", [(0.5, 0.5), (0.1, 0.95)])
-def test_cutmix_pastes_a_box(share, centre):
+def test_cutmix_pastes_a_box(drawn, centre):
     images = torch.randn(4, 3, 32, 32)
-    mixed, kept = cutmix(images, torch.tensor(share), torch.tensor(centre))
-    foreign, reach = 0, (1 - share) ** 0.5 / 2
-    for y in range(32):
-        for x in range(32):
-            inside = all(
-                abs((at + 0.5) / 32 - c) < reach for at, c in zip((y, x), centre, strict=True)
-            )
-            foreign += inside
-            source = images.roll(1, 0) if inside else images
-            assert torch.equal(mixed[:, :, y, x], source[:, :, y, x])
-    assert kept == pytest.approx(1 - foreign / 32**2)
+    mixed, lam = cutmix(images, torch.tensor(drawn), torch.tensor(centre))
+    at = (np.arange(32) + 0.5) / 32
+    rows, columns = (abs(at - c) < (1 - drawn) ** 0.5 / 2 for c in centre)
+    inside = torch.from_numpy(rows[:, None] & columns)
+    assert torch.equal(mixed[:, :, inside], images.roll(1, 0)[:, :, inside])
+    assert torch.equal(mixed[:, :, ~inside], images[:, :, ~inside])
+    assert lam == pytest.approx(1 - inside.float().mean())
     if centre == (0.5, 0.5):
-        assert kept == pytest.approx(share, abs=0.05)
+        assert lam == pytest.approx(drawn, abs=0.05)
+
+
+def test_cutmix_is_channels_last_where_roll_is_not(monkeypatch):
+    """As on CUDA, where roll makes its input contiguous first."""
+    roll = torch.Tensor.roll
+    monkeypatch.setattr(torch.Tensor, "roll", lambda x, *args: roll(x, *args).contiguous())
+    images = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
+    for mix in (mixup, cutmix):
+        mixed, _ = mix(images, torch.tensor(0.5), torch.tensor([0.5, 0.5]))
+        assert mixed.is_contiguous(memory_format=torch.channels_last)
+        assert not mixed.is_contiguous()
 
 
 def test_mixes_are_drawn_for_every_batch():
     torch.manual_seed(0)
-    share, centre = draw_mixes(5000, 1.0)
-    assert (share.shape, centre.shape) == ((5000,), (5000, 2))
-    assert share.mean() == pytest.approx(0.5, abs=0.02)
-    assert draw_mixes(5000, 0.1)[0].std() > share.std()
+    lam, centre = draw_mixes(5000, 1.0)
+    assert (lam.shape, centre.shape) == ((5000,), (5000, 2))
+    assert lam.mean() == pytest.approx(0.5, abs=0.02)
+    assert draw_mixes(5000, 0.1)[0].std() > lam.std()
+
+
+MIXES = {"none": {}, "mixup": {"mixup": 0.4}, "cutmix": {"cutmix": 1.0}}
 
 
 @pytest.mark.parametrize("augment", AUGMENTATIONS)
-@pytest.mark.parametrize("mix", ["none", *MIXES])
+@pytest.mark.parametrize("mix", MIXES)
 def test_a_loader_serves_every_kind(augment, mix):
     images = ImageSet(made_images(50), torch.arange(50) % 10, CLASSES)
-    loader = DeviceLoader(images, 16, "cpu", True, augment, mix)
+    loader = DeviceLoader(images, 16, "cpu", True, augment, **MIXES[mix])
 
     def epoch(seed):
         torch.manual_seed(seed)
@@ -124,13 +150,26 @@ def test_a_loader_serves_every_kind(augment, mix):
 
     one, again, other = epoch(0), epoch(0), epoch(1)
     assert len(one) == 3
-    for (a, labels), (b, _), (c, _) in zip(one, again, other, strict=True):
+    for (a, labels), (b, labels_again), (c, _) in zip(one, again, other, strict=True):
         assert (a.shape, a.dtype) == ((16, 3, 32, 32), torch.float32)
         assert a.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(a, b)
+        assert torch.equal(labels, labels_again)
         assert not torch.equal(a, c)
         if mix == "none":
             assert (labels.shape, labels.dtype) == ((16,), torch.int64)
         else:
             assert labels.shape == (16, 10)
             assert torch.allclose(labels.sum(1), torch.ones(16))
+    if mix != "none":  # not one share for all batches
+        assert len({tuple(labels.unique().tolist()) for _, labels in one}) == 3
+
+
+def test_a_mixed_batch_has_the_labels_of_its_pictures():
+    """Each class has pictures of a single shade, so that the shade tells the shares."""
+    labels = torch.arange(40) % 10
+    images = (25 * labels).to(torch.uint8)[:, None, None, None].expand(40, 3, 32, 32)
+    loader = DeviceLoader(ImageSet(images, labels, CLASSES), 20, "cpu", True, mixup=0.4)
+    for mixed, shares in loader:
+        shades = mixed[:, 0, 16, 16] * 255 * CIFAR10_STD[0] + 255 * CIFAR10_MEAN[0]
+        assert torch.allclose(shades, shares @ (25.0 * torch.arange(10)), atol=0.01)

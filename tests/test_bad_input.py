@@ -1,18 +1,19 @@
 """Whatever is wrong: one clear line, exit code 2 for usage, else 1, and nothing is harmed."""
 
-import hashlib
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import SMALL_NETWORK
 from torchvision.datasets import CIFAR10
 from torchvision.models import resnet34
 
 import data
 import fine_tune_teacher_cifar10 as teacher_script
 import main_train_cifar10 as student_script
-from experiment import one_line_errors
+from experiment.errors import one_line_errors
 from models import build_model, to_checkpoint
 
 
@@ -30,9 +31,11 @@ def fails(script, argv, capsys) -> tuple[int, str]:
     return code, text
 
 
-def snapshot(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+def snapshot(folder: Path) -> dict[str, tuple]:
+    """All that is in a folder, with the inode, size and time of the last change of each."""
+    stats = {str(path): path.lstat() for path in folder.rglob("*")}
+    changes = {path: stat.st_mtime_ns for path, stat in stats.items() if not os.path.isdir(path)}
+    return {path: (stats[path].st_ino, stats[path].st_size, changes.get(path)) for path in stats}
 
 
 BAD_FLAGS = [
@@ -48,23 +51,23 @@ BAD_FLAGS = [
     (["--lr", "inf"], "--lr: 'inf' is no number"),
     (["--lr", "fast"], "--lr: 'fast' is no number"),
     (["--momentum", "1"], "--momentum: '1' is no number from 0 to 0.9999"),
-    (["--momentum", "0", "--nesterov"], "--nesterov needs a --momentum above 0"),
     (["--weight_decay", "-1"], "--weight_decay: '-1' is no number from 0"),
     (["--milestones", "0.5", "25"], "--milestones: '25' is no number above 0 to 1"),
     (["--ema", "1"], "--ema: '1' is no number from 0 to 0.99999"),
-    (["--mix_alpha", "0"], "--mix_alpha: '0' is no number above 0"),
-    (["--mix_alpha", "nan"], "--mix_alpha: 'nan' is no number"),
+    (["--mixup", "-1"], "--mixup: '-1' is no number from 0"),
+    (["--cutmix", "nan"], "--cutmix: 'nan' is no number"),
+    (["--warmup", "1"], "--warmup: '1' is no number from 0 to 0.9"),
     (["--augment", "none"], "--augment: invalid choice: 'none'"),
     (["--gamma", "0"], "--gamma: '0' is no number above 0 to 1"),
     (["--seed", "-1"], "--seed: '-1' is no whole number from 0"),
     (["--stem", "vit"], "--stem: invalid choice: 'vit'"),
     (["--optimizer", "lion"], "--optimizer: invalid choice: 'lion'"),
     (["--scheduler", "poly"], "--scheduler: invalid choice: 'poly'"),
-    (["--device", "tpu"], "--device: 'tpu' is none of auto, cpu, cuda and cuda:N"),
-    (["--device", "meta"], "--device: 'meta' is none of auto, cpu, cuda and cuda:N"),
+    (["--device", "tpu"], "--device: 'tpu' is none of auto, cpu, cuda"),
+    (["--device", "meta"], "--device: 'meta' is none of auto, cpu, cuda"),
     (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
     (["--run_dir"], "--run_dir: expected one argument"),
-    (["--data_dir", "mine"], "--demo takes no data: leave --data_dir out"),
+    (["--data_dir", "mine"], "--data_dir needs leaving --demo out"),
 ]
 
 
@@ -90,13 +93,13 @@ def test_temperatures_that_make_no_sense(name, value, workdir, capsys):
 @pytest.fixture
 def student(workdir, cifake, cifar10_binary, capsys):
     """A complete set of good files, and a function that runs the student on it with changes."""
-    torch.save(to_checkpoint(build_model(stem="imagenet"), data.CLASSES), "teacher.pth")
+    torch.save(to_checkpoint(build_model("wrn_16_1"), data.CLASSES), "teacher.pth")
     Path("student_cifar10_kd.pth").write_text("precious")
     good = {
         "data_dir": cifar10_binary,
         "synthetic_data_dir": cifake,
         "teacher_weights": "teacher.pth",
-        "stem": "imagenet",
+        "arch": "wrn_16_1",
         "batch_size": 8,
         "epochs": 1,
         "device": "cpu",
@@ -138,12 +141,16 @@ def test_teachers(student, workdir):
     student("no teacher at other.pth: make", teacher_weights=["teacher.pth", "other.pth"])
     (workdir / "text.pth").write_text("I am a teacher")
     student("text.pth is not a weight file, or not a safe one", teacher_weights="text.pth")
-    student("expected stem cifar, found imagenet", stem="cifar")
-    student("expected stem cifar, found imagenet", teacher_stem="cifar")
-    torch.save(to_checkpoint(build_model("resnet18", "imagenet", 100), data.CLASSES), "c100.pth")
+    torch.save(to_checkpoint(build_model("wrn_16_1", "cifar", 100), data.CLASSES), "c100.pth")
     student("expected num_classes 10, found 100", teacher_weights="c100.pth")
-    torch.save(resnet34(num_classes=10).state_dict(), "r34.pth")
-    student("expected arch resnet18, found resnet34", teacher_weights="r34.pth", arch="resnet18")
+    others = to_checkpoint(build_model("wrn_16_1"), data.CLASSES[::-1])
+    torch.save(others, "others.pth")
+    student("expected classes ['airplane'", teacher_weights="others.pth")
+    torch.save({"fc.weight": torch.zeros(10, 3)}, "bare.pth")
+    student("bare.pth fits none of the networks", teacher_weights="bare.pth")
+    weights = {**others, "classes": list(data.CLASSES), "arch": "wrn_40_2"}
+    torch.save(weights, "lies.pth")
+    student("lies.pth is no wrn_40_2 with the cifar stem", teacher_weights="lies.pth")
 
 
 def test_cifar10(student, cifar10_binary, workdir):
@@ -174,25 +181,28 @@ def test_outputs(student, workdir):
     student("file", output="file/student.pth")
     (workdir / "folder").mkdir()
     student("--output folder cannot be written", output="folder")
+    os.mkfifo("fifo")
+    for output in ("fifo", "/dev/null", "new/run/last.pt", "x" * 252 + ".pth", "y" * 300):
+        student(f"--output {output} cannot be written", output=output, run_dir="new/run")
     (workdir / "folder" / "thesis.tex").write_text("years of work")
     student("folder is not empty", run_dir="folder")
 
 
 def test_devices(student, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    student("--device cuda: PyTorch finds 0 CUDA devices here", device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    student("--device cuda: PyTorch finds 0 cuda devices here", device="cuda")
 
 
 # ------------------------------------------------------------------------------- the rest
 
 
 def test_the_start_of_a_teacher(workdir, capsys):
-    argv = ["--demo", "--limit", 64, "--batch_size", 32, "--init"]
+    argv = ["--demo", "--limit", 64, "--batch_size", 32, *SMALL_NETWORK, "--init"]
     code, text = fails(teacher_script, [*argv, "weights.pth"], capsys)
     assert (code, text) == (1, "error: there is no weight file weights.pth")
     torch.save(resnet34().state_dict(), "r34.pth")
     code, text = fails(teacher_script, [*argv, "r34.pth"], capsys)
-    assert (code, "r34.pth is no resnet18" in text) == (1, True)
+    assert (code, "r34.pth is no wrn_16_1" in text) == (1, True)
     assert not Path("runs").exists()
 
 
@@ -212,8 +222,16 @@ def test_resuming_what_is_no_run(workdir, demo_teacher, capsys):
     expect(teacher_script, 2, "leave --run_dir out", "--resume", run, "--run_dir", "x")
     expect(teacher_script, 2, "was started with --lr 0.001", "--resume", run, "--lr", 0.1)
     expect(teacher_script, 2, "was started with --epochs 2", "--resume", run, "--epochs", 9)
-    for content in ("", "[]", "{}", '{"args": 3}', '{"kind": "teacher", "args": [1]}'):
+    (run / "last.pt").write_bytes((demo_teacher.parent / "teacher.pth").read_bytes())
+    expect(teacher_script, 1, "last.pt is not the checkpoint of this run", "--resume", run)
+    for content in ("", "[]", "{}", '{"args": 3}', '{"name": "teacher", "args": [1]}'):
         (run / "config.json").write_text(content)
         expect(teacher_script, 1, "is not the config.json of a run", "--resume", run)
-    (run / "config.json").write_text('{"kind": "teacher", "args": {"epochs": "many"}}')
-    expect(teacher_script, 2, "--epochs: 'many' is no whole number", "--resume", run)
+    (run / "config.json").write_text('{"kind": "teacher", "args": {}, "git_commit": "f94fdf4"}')
+    expect(teacher_script, 1, "use the commit that made it, f94fdf4", "--resume", run)
+    start = '{"name": "teacher", "format": 2, "args": {"epochs": '
+    for value, problem in [('"many"', "'many' is no"), ("1.5", "'1.5' is no"), ("-1", "'-1' is")]:
+        (run / "config.json").write_text(start + value + "}}")
+        expect(teacher_script, 2, f"--epochs: {problem}", "--resume", run)
+    (run / "config.json").write_text(start + "NaN}}")
+    expect(teacher_script, 1, "is not the config.json of a run", "--resume", run)

@@ -12,10 +12,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import as_rank
 from PIL import Image
 from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2 import functional as F
 
+import augmentations
 import data
 from data import (
     DeviceLoader,
@@ -24,10 +26,13 @@ from data import (
     load_cifake,
     load_cifar10,
     load_cifar100,
+    load_class_folders,
     load_image,
     normalize,
+    with_shifted_copies,
 )
-from experiment import UserError
+from experiment.errors import UserError
+from synthetic_data.demo_images import draw, load_demo
 
 
 def made_set(n: int) -> ImageSet:
@@ -40,23 +45,45 @@ def made_set(n: int) -> ImageSet:
 
 
 def test_names_give_the_classes():
-    assert cifake_label("1000.jpg") == 0
+    assert cifake_label("folder/1000.jpg") == 0
     assert [cifake_label(f"1000 ({k}).jpg") for k in range(2, 11)] == list(range(1, 10))
-    assert cifake_label("0.JPEG") == 0
-
-
-@pytest.mark.parametrize("name", ["1000 (1).jpg", "1000 (11).jpg", "1000 (0).jpg"])
-def test_an_unknown_class_is_named(name):
-    with pytest.raises(ValueError, match="is no class: k goes from 2 to 10"):
-        cifake_label(name)
+    assert [cifake_label(name) for name in ("0.JPEG", "12 (3).Png", "007 (10).jpg")] == [0, 2, 9]
 
 
 @pytest.mark.parametrize(
-    "name", ["cat.jpg", "1000(2).jpg", "1000 (2) (3).jpg", "(2).jpg", "\u0661 (2).jpg"]
+    "name",
+    [
+        *(
+            "cat.jpg",
+            "1000(2).jpg",
+            "1000 (2) (3).jpg",
+            "(2).jpg",
+            "\u0661 (2).jpg",
+            "1000  (2).jpg",
+        ),
+        *("1000 (1).jpg", "1000 (11).jpg", "1000 (0).jpg", "1000 (04).jpg", "1000 (\u0664).jpg"),
+        *("1000.kitten.jpg", "1000 (3).backup.png", "1000.jpg.jpg", "1000.", "1000", "1000.jpg\n"),
+        *("1000.gif", "1000.txt", ".jpg", "-1.jpg", "1e3.jpg"),
+    ],
 )
-def test_a_name_that_does_not_parse_is_refused(name):
-    with pytest.raises(ValueError, match="neither 'NNNN' nor"):
+def test_a_name_that_does_not_parse_is_refused(name, cifake):
+    with pytest.raises(UserError, match=r"not named 'NNNN\.jpg', or 'NNNN \(k\)\.jpg' with"):
         cifake_label(name)
+    (cifake / "1000.jpg").rename(cifake / name)
+    if not name.startswith("."):  # which is hidden
+        with pytest.raises(UserError) as stop:
+            load_cifake(cifake)
+        assert str(stop.value).startswith(f"{cifake / name}: not named ")
+
+
+def test_a_name_that_comes_twice_is_refused(cifake):
+    for name in ("1000 (2).JPEG", "1000 (2).png", "1000 (2).JPG"):
+        (cifake / name).write_bytes((cifake / "1000 (2).jpg").read_bytes())
+        with pytest.raises(UserError, match=r"1000 \(2\)\.\w+: another file has this name"):
+            load_cifake(cifake)
+        again = load_cifake(cifake, skip_bad_images=True)
+        assert (len(again), again.skipped) == (40, 1)
+        (cifake / name).unlink()
 
 
 def test_a_folder_loads_sorted_and_labelled(cifake):
@@ -65,6 +92,7 @@ def test_a_folder_loads_sorted_and_labelled(cifake):
     assert loaded.images.shape == (40, 3, 32, 32)
     assert loaded.images.dtype == torch.uint8
     assert loaded.labels.tolist() == [cifake_label(name) for name in names]
+    assert loaded.labels.unique().tolist() == list(range(10))
     assert loaded.classes == data.CLASSES
     for image, name in zip(loaded.images, names, strict=True):
         with Image.open(cifake / name) as picture:
@@ -146,8 +174,8 @@ BAD_IMAGES = {
         "not a still image",
     ),
     "100 megapixels": (png(10_000, 10_000, 8, b""), "too many pixels"),
-    "3.6 gigapixels": (png(60_000, 60_000, 8, b""), "too many pixels"),
-    "4.3 gigapixels": (HUGE_JPEG, "too many pixels"),
+    "3.6 gigapixels": (png(60_000, 60_000, 8, b""), "Image size (3600000000 pixels) exceeds"),
+    "4.3 gigapixels": (HUGE_JPEG, "Image size (4294836225 pixels) exceeds"),
 }
 
 
@@ -170,54 +198,41 @@ def test_a_bad_image_is_named_or_skipped(name, cifake, capfd, recwarn):
     assert (said.err, len(recwarn)) == ("", 0)
 
 
-def test_what_is_no_plain_file_is_named(cifake):
-    def refused(message):
-        with pytest.raises(UserError, match=message):
-            load_cifake(cifake)
-        assert load_cifake(cifake, skip_bad_images=True).skipped == 1
+NO_FILES = {
+    "folder": lambda path: path.mkdir(),
+    "dangling link": lambda path: path.symlink_to("nowhere"),
+    "circular link": lambda path: path.symlink_to(path.name),
+    "FIFO": os.mkfifo,
+    "link to a device": lambda path: path.symlink_to("/dev/zero"),
+}
 
-    (cifake / "2000.jpg").mkdir()
-    refused(r"2000.jpg: not an image that can be read: Is a directory")
-    (cifake / "2000.jpg").rmdir()
-    (cifake / "2000.jpg").symlink_to("nowhere")
-    refused(r"2000.jpg: not an image that can be read: No such file")
-    (cifake / "2000.jpg").unlink()
-    (cifake / "2000.jpg").symlink_to("2000.jpg")
-    refused(r"2000.jpg: not an image that can be read: Too many levels of symbolic links")
-    (cifake / "2000.jpg").unlink()
-    if os.geteuid() != 0:  # root may read all
-        (cifake / "2000.jpg").touch(mode=0)
-        refused(r"2000.jpg: not an image that can be read: Permission denied")
-        (cifake / "2000.jpg").unlink()
-    (cifake / "1000 (2).JPEG").write_bytes((cifake / "1000 (2).jpg").read_bytes())
-    refused(r"1000 \(2\)\.(jpg|JPEG): another file has this name and another extension")
-    (cifake / "1000 (2).JPEG").unlink()
-    odd = os.fsencode(cifake) + b"/10\n\xff.jpg"
-    open(odd, "wb").close()
-    refused("its name is neither")
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_what_is_no_regular_file_is_named_and_never_waited_for(kind, cifake):
+    NO_FILES[kind](cifake / "2000.jpg")
+    with pytest.raises(UserError, match=r"2000.jpg: not a regular file"):
+        load_cifake(cifake)
+    assert load_cifake(cifake, skip_bad_images=True).skipped == 1
+    assert len(load_cifake(cifake, limit=40)) == 40  # its name is enough
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read all")
+def test_a_file_that_may_not_be_read_is_named(cifake):
+    (cifake / "2000.jpg").touch(mode=0)
+    with pytest.raises(UserError, match=r"2000.jpg: Permission denied"):
+        load_cifake(cifake)
+
+
+def test_a_name_that_is_no_text_is_refused(cifake):
+    open(os.fsencode(cifake) + b"/10\n\xff.jpg", "wb").close()
+    with pytest.raises(UserError, match=r"not named 'NNNN\.jpg'"):
+        load_cifake(cifake)
 
 
 def test_a_folder_without_a_single_good_image_is_refused_anyway(tmp_path):
     (tmp_path / "1.jpg").write_bytes(b"")
     with pytest.raises(UserError, match=r"none of the 1 files in .* can be used: .*1.jpg: not an"):
         load_cifake(tmp_path, skip_bad_images=True)
-
-
-def test_what_does_not_belong_in_the_folder_is_named(cifake):
-    for name, content, message in [
-        ("notes.txt", b"", "notes.txt: not a .jpg, .jpeg or .png file"),
-        ("cat.jpg", b"", "cat.jpg: its name is neither"),
-        ("1000 (12).jpg", b"", r"1000 \(12\).jpg: \(12\) is no class"),
-        ("2000 (2).png", b"no picture", r"2000 \(2\).png: not an image that can be read"),
-        ("9999.jpg", b"", "9999.jpg: not an image that can be read"),
-    ]:
-        (cifake / name).write_bytes(content)
-        with pytest.raises(UserError, match=message):
-            load_cifake(cifake)
-        (cifake / name).unlink()
-    (cifake / "FAKE").mkdir()
-    with pytest.raises(UserError, match=r"FAKE: not a \.jpg"):
-        load_cifake(cifake)
 
 
 def test_a_missing_or_empty_folder_tells_what_to_do(tmp_path):
@@ -240,12 +255,31 @@ def test_cifake_is_laid_out_from_the_download(cifake, tmp_path, monkeypatch):
     monkeypatch.setitem(
         sys.modules, "kagglehub", SimpleNamespace(dataset_download=dataset_download)
     )
-    target = tmp_path / "cifake_train_fake"
-    data.download_cifake(target)
-    data.download_cifake(target)  # it is there now: not fetched again
+    place = tmp_path / "synthetic_data"
+    (place / "images.partial").mkdir(parents=True)  # somebody else's
+    (place / "images.partial" / "notes").write_text("mine")
+    data.download_cifake(place / "images")
+    data.download_cifake(place / "images")  # it is there now: not fetched again
     assert asked == ["birdy654/cifake-real-and-ai-generated-synthetic-images"]
-    assert torch.equal(load_cifake(target).images, load_cifake(cifake).images)
-    assert not list(tmp_path.glob("*.partial"))
+    assert torch.equal(load_cifake(place / "images").images, load_cifake(cifake).images)
+    assert (place / "images.partial" / "notes").read_text() == "mine"
+    assert sorted(path.name for path in place.iterdir()) == ["images", "images.partial"]
+
+
+def test_a_layout_that_is_interrupted_leaves_nothing(cifake, tmp_path, monkeypatch):
+    shutil.copytree(cifake, tmp_path / "cache" / "train" / "FAKE")
+    fake = SimpleNamespace(dataset_download=lambda handle: str(tmp_path / "cache"))
+    monkeypatch.setitem(sys.modules, "kagglehub", fake)
+
+    def full(source, target):
+        target.mkdir()
+        (target / "1000.jpg").write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(shutil, "copytree", full)
+    with pytest.raises(OSError, match="No space"):
+        data.download_cifake(tmp_path / "place" / "images")
+    assert not list((tmp_path / "place").iterdir())
 
 
 @pytest.mark.parametrize("kind", ["link", "folder"])
@@ -264,17 +298,74 @@ def test_a_download_that_holds_more_than_images_is_refused(kind, cifake, tmp_pat
 
 
 def test_a_download_that_fails_tells_the_steps_by_hand(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "kagglehub", None)  # as if it were not installed
-    with pytest.raises(UserError, match=r"pip install kagglehub.*by hand, download https://www"):
-        data.download_cifake(tmp_path / "cifake")
-
     def offline(handle):
         raise ConnectionError("no network")
 
-    monkeypatch.setitem(sys.modules, "kagglehub", SimpleNamespace(dataset_download=offline))
-    with pytest.raises(UserError, match=r"\(no network\); by hand: download https://www.kaggle"):
-        data.download_cifake(tmp_path / "cifake")
-    assert not (tmp_path / "cifake").exists()
+    for module in (None, SimpleNamespace(dataset_download=offline)):  # None: not installed
+        monkeypatch.setitem(sys.modules, "kagglehub", module)
+        with pytest.raises(
+            UserError, match=r"pip install kagglehub.* by hand, download https://www.kaggle.*cifake"
+        ):
+            data.download_cifake(tmp_path / "cifake")
+        assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------- folders of CIFAR-100
+
+
+@pytest.fixture
+def class_folders(tmp_path):
+    """Six pictures of one shade in each of the folders a and b: 10 to 15, and 20 to 25."""
+    for number, name in enumerate("ab", start=1):
+        (tmp_path / "folders" / name).mkdir(parents=True)
+        for k in range(6):
+            picture = Image.new("RGB", (32, 32), (10 * number + k,) * 3)
+            picture.save(tmp_path / "folders" / name / f"{k}.png")
+    return tmp_path / "folders"
+
+
+def test_class_folders_load_in_the_order_of_the_classes(class_folders):
+    (class_folders / ".DS_Store").touch()
+    (class_folders / "a" / ".hidden").touch()
+    images = load_class_folders(class_folders, ("b", "a"))
+    assert images.labels.tolist() == [0] * 6 + [1] * 6
+    assert images.images[:, 0, 0, 0].tolist() == [*range(20, 26), *range(10, 16)]
+    assert images.classes == ("b", "a")
+
+
+def test_a_limit_takes_evenly_of_the_class_folders(class_folders):
+    images = load_class_folders(class_folders, ("a", "b"), limit=4)
+    assert images.labels.tolist() == [0, 0, 1, 1]
+    assert images.images[:, 0, 0, 0].tolist() == [10, 14, 21, 25]
+    assert len(load_class_folders(class_folders, ("a", "b"), limit=99)) == 12
+
+
+def test_a_class_folder_that_is_missing_empty_or_strange_is_named(class_folders):
+    def refused(name):
+        with pytest.raises(UserError) as stop:
+            load_class_folders(class_folders, ("a", "b", "c"))
+        assert str(stop.value) == (
+            f"{class_folders / name}: every class needs a folder with images, and nothing else "
+            "belongs there"
+        )
+
+    refused("c")
+    (class_folders / "c").mkdir()
+    refused("c")
+    (class_folders / "c").rmdir()
+    (class_folders / "c").touch()
+    refused("c")
+    (class_folders / "c").unlink()
+    shutil.copytree(class_folders / "a", class_folders / "c")
+    (class_folders / "B").mkdir()
+    refused("B")
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_what_is_no_regular_file_among_classes_is_named(kind, class_folders):
+    NO_FILES[kind](class_folders / "b" / "9.png")
+    with pytest.raises(UserError, match=r"b/9.png: not a regular file"):
+        load_class_folders(class_folders, ("a", "b"))
 
 
 # --------------------------------------------------------------------------------------- CIFAR-10
@@ -293,19 +384,18 @@ def test_the_binary_version_is_read_in_order(cifar10_binary):
     assert record[0] == train.labels[20]
 
 
-@pytest.mark.parametrize("damage", ["flipped byte", "cut short", "missing"])
+@pytest.mark.parametrize("damage", ["flipped byte", "cut short", "missing", "FIFO"])
 def test_a_damaged_binary_file_is_named(damage, cifar10_binary):
     path = cifar10_binary / "cifar-10-batches-bin" / "data_batch_3.bin"
     content = bytearray(path.read_bytes())
     content[1234] ^= 1
-    if damage == "missing":
-        path.unlink()
-        with pytest.raises(FileNotFoundError, match=r"data_batch_3\.bin"):
-            load_cifar10(cifar10_binary, train=True)
-    else:
+    path.unlink()
+    if damage == "FIFO":
+        os.mkfifo(path)
+    elif damage != "missing":
         path.write_bytes(content if damage == "flipped byte" else content[:-1])
-        with pytest.raises(UserError, match=r"data_batch_3\.bin is not the original file"):
-            load_cifar10(cifar10_binary, train=True)
+    with pytest.raises(UserError, match=r"data_batch_3\.bin is missing, or not the original file"):
+        load_cifar10(cifar10_binary, train=True)
     assert len(load_cifar10(cifar10_binary, train=False)) == 20  # the others are none the worse
 
 
@@ -330,7 +420,7 @@ def test_the_python_version_gives_the_same_images(cifar10_binary, tmp_path, monk
         assert torch.equal(binary.labels, python.labels)
 
     (folder / "data_batch_4").write_bytes(b"something else")
-    with pytest.raises(UserError, match="data_batch_4 is not the original file"):
+    with pytest.raises(UserError, match="data_batch_4 is missing, or not the original file"):
         load_cifar10(folder.parent, train=True)
     assert (folder / "data_batch_4").read_bytes() == b"something else"
 
@@ -350,7 +440,7 @@ def test_cifar100_has_its_fine_classes(cifar100):
     assert test.labels.tolist() == list(range(100))
     assert test.classes == tuple(f"kind_{i:02d}" for i in range(100))
     (cifar100 / "cifar-100-python" / "test").write_bytes(b"something else")
-    with pytest.raises(UserError, match="test is not the original file of CIFAR"):
+    with pytest.raises(UserError, match="test is missing, or not the original file of CIFAR"):
         load_cifar100(cifar100, train=False)
 
 
@@ -360,7 +450,9 @@ def test_cifar100_has_its_fine_classes(cifar100):
 def test_normalize_is_torchvisions():
     images = made_set(8).images
     ours = normalize(images)
-    theirs = F.normalize(F.to_dtype(images, torch.float32, scale=True), data.MEAN, data.STD)
+    theirs = F.normalize(
+        F.to_dtype(images, torch.float32, scale=True), data.CIFAR10_MEAN, data.CIFAR10_STD
+    )
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert ours.is_contiguous(memory_format=torch.channels_last)
     assert images.dtype == torch.uint8  # and it is left alone
@@ -399,17 +491,14 @@ def test_training_batches_are_full_shuffled_and_drawn_from_the_seed():
 
 
 def test_every_crop_and_both_flips_come_up():
-    """A picture of its own coordinates tells which crop of it was taken."""
-    y, x = torch.meshgrid(torch.arange(1, 33), torch.arange(1, 33), indexing="ij")
-    image = torch.stack([y, x, torch.zeros_like(x)]).to(torch.uint8)
-    images = ImageSet(image.expand(2000, 3, 32, 32), torch.zeros(2000, dtype=torch.int64), ("x",))
+    images = coordinates(1).images.expand(2000, 3, 32, 32)
+    images = ImageSet(images, torch.zeros(2000, dtype=torch.int64), ("x",))
     torch.manual_seed(0)
     ((views, _),) = DeviceLoader(images, 2000, "cpu", train=True)
-    std, mean = torch.tensor(data.STD).view(3, 1, 1), torch.tensor(data.MEAN).view(3, 1, 1)
-    centre = ((views * std + mean) * 255).round()[:, :2, 16, 16]  # (2000, 2): source row, column
-    flipped = ((views * std + mean) * 255).round()[:, 1, 16, 15] > centre[:, 1]
-    assert set(centre[:, 0].int().tolist()) == set(range(13, 22))
-    assert 0.45 < flipped.float().mean() < 0.55
+    views = pixels(views)
+    assert set(views[:, 0, 16, 16].tolist()) == set(range(13, 22))
+    falling = views[:, 1, 16, 15] > views[:, 1, 16, 16]
+    assert 0.45 < falling.float().mean() < 0.55
 
 
 def test_a_batch_larger_than_the_data_is_refused():
@@ -418,32 +507,88 @@ def test_a_batch_larger_than_the_data_is_refused():
     assert len(DeviceLoader(made_set(50), 51, "cpu", train=False)) == 1
 
 
-# ------------------------------------------------------------------------------------------- demo
+# A picture of its own coordinates tells which part of it was taken, and its third channel which
+# picture it was.
+def coordinates(n: int) -> ImageSet:
+    y, x = torch.meshgrid(torch.arange(1, 33), torch.arange(1, 33), indexing="ij")
+    images = torch.stack([torch.stack([y, x, torch.full_like(x, i)]) for i in range(n)])
+    return ImageSet(images.to(torch.uint8), torch.arange(n), tuple(map(str, range(n))))
 
 
-def test_the_demo_set_is_the_same_every_time_and_balanced():
-    for part, count in (("train", 3000), ("test", 1000), ("synthetic", 3000)):
-        one, two = data.load_demo(part), data.load_demo(part)
-        assert torch.equal(one.images, two.images)
-        assert one.images.shape == (count, 3, 32, 32)
-        assert one.images.dtype == torch.uint8
-        assert torch.bincount(one.labels).tolist() == [count // 10] * 10
+def pixels(views: torch.Tensor) -> torch.Tensor:
+    std, mean = (
+        torch.tensor(values).view(3, 1, 1) for values in (data.CIFAR10_STD, data.CIFAR10_MEAN)
+    )
+    return ((views * std + mean) * 255).round().int()
 
 
-def test_a_linear_classifier_finds_little_in_the_demo_set():
-    """Ridge regression on pixels, its strength picked to its own advantage on the test set."""
-    train, test = data.load_demo("train"), data.load_demo("test")
+def test_alternating_flips_show_each_image_once_mirrored_in_two_epochs():
+    loader = DeviceLoader(coordinates(60), 20, "cpu", train=True, augment="reflect", seed=3)
 
-    def features(images):
-        return torch.cat([images.images.flatten(1) / 255 - 0.5, torch.ones(len(images), 1)], 1)
+    def mirrored(epoch: int) -> dict[int, bool]:
+        torch.manual_seed(epoch)
+        loader.epoch = epoch
+        views = pixels(torch.cat([images for images, _ in loader]))
+        falling = views[:, 1, 16, 16] < views[:, 1, 16, 15]
+        return dict(zip(views[:, 2, 16, 16].tolist(), falling.tolist(), strict=True))
 
-    x, y = features(train), torch.nn.functional.one_hot(train.labels, 10).float()
-    accuracies = []
-    for strength in (1.0, 10.0, 100.0, 1000.0):
-        weights = torch.linalg.solve(x.T @ x + strength * torch.eye(x.shape[1]), x.T @ y)
-        hits = (features(test) @ weights).argmax(1) == test.labels
-        accuracies.append(hits.float().mean().item())
-    assert 0.05 < max(accuracies) < 0.60
+    first, second, third, again = (mirrored(epoch) for epoch in (1, 2, 3, 2))
+    assert len(first) == 60
+    assert all(first[i] != second[i] and first[i] == third[i] for i in range(60))
+    assert second == again
+    assert 15 < sum(first.values()) < 45  # a coin for each image
+    loader.seed = 4
+    assert mirrored(1) != first
+
+
+def test_reflected_crops_reach_two_pixels_and_show_no_border():
+    torch.manual_seed(0)
+    ((views, _),) = DeviceLoader(coordinates(200), 200, "cpu", train=True, augment="reflect")
+    views = pixels(views)
+    assert set(views[:, 0, 16, 16].tolist()) == set(range(15, 20))
+    assert views.min(dim=3)[0].min(dim=2)[0][:, :2].min() == 1  # zeros would be a border
+
+
+MIXES = {"none": {}, "mixup": {"mixup": 0.4}, "cutmix": {"cutmix": 1.0}}
+
+
+@pytest.mark.parametrize("augment", augmentations.AUGMENTATIONS)
+@pytest.mark.parametrize("mix", MIXES)
+def test_two_ranks_see_together_what_one_sees(augment, mix, monkeypatch):
+    images = made_set(50)
+    images = ImageSet(images.images, images.labels % 10, data.CLASSES)
+
+    def epoch(rank, ranks):
+        as_rank(monkeypatch, rank, ranks)
+        loader = DeviceLoader(images, 16, "cpu", train=True, augment=augment, **MIXES[mix])
+        loader.epoch = 7
+        torch.manual_seed(7)
+        return list(loader)
+
+    whole, left, right = epoch(0, 1), epoch(0, 2), epoch(1, 2)
+    assert len(whole) == len(left) == len(right) == 3
+    for one, *two in zip(whole, left, right, strict=True):
+        for i in (0, 1):  # images, labels
+            assert len(two[0][i]) == len(two[1][i]) == 8
+            assert torch.equal(one[i], torch.cat([two[0][i], two[1][i]]))
+
+
+def test_two_ranks_share_the_images_in_order(monkeypatch):
+    seen = []
+    for rank in (0, 1):
+        as_rank(monkeypatch, rank, 2)
+        seen += [labels for _, labels in DeviceLoader(made_set(23), 5, "cpu", train=False)]
+    assert [len(labels) for labels in seen] == [5, 5, 1, 5, 5, 2]
+    assert torch.cat(seen).tolist() == list(range(23))
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(monkeypatch):
+    as_rank(monkeypatch, 0, 2)
+    with pytest.raises(UserError, match="--batch_size 15 cannot be shared by 2 processes"):
+        DeviceLoader(made_set(50), 15, "cpu", train=True)
+
+
+# ------------------------------------------------------------------------------- images held out
 
 
 def test_images_held_out_are_the_same_in_every_run_and_in_no_batch():
@@ -451,8 +596,74 @@ def test_images_held_out_are_the_same_in_every_run_and_in_no_batch():
     rest, held = images.hold_out(30)
     assert (len(rest), len(held)) == (70, 30)
     assert sorted([*rest.labels.tolist(), *held.labels.tolist()]) == list(range(100))
+    assert held.labels.tolist() != list(range(70, 100))  # not the last ones: they are shuffled
+    for part in (rest, held):
+        assert torch.equal(part.images, images.images[part.labels])
     torch.manual_seed(5)
     assert torch.equal(images.hold_out(30)[1].images, held.images)
-    assert len(images.hold_out(0)[1]) == 0
-    with pytest.raises(UserError, match="--holdout 100 leaves nothing of 100"):
-        images.hold_out(100)
+    rest, held = images.hold_out(0)
+    assert (len(rest), len(held)) == (100, 0)
+    assert torch.equal(rest.images, images.images)
+
+
+def test_no_copy_of_a_training_image_is_held_out():
+    images = made_set(100)
+    images.images[50:80] = images.images[:30]  # 30 pairs and 40 single ones
+    rest, held = images.hold_out(40)
+    assert sorted(held.labels.tolist()) == [*range(30, 50), *range(80, 100)]
+    assert len(rest) == 60
+    with pytest.raises(UserError, match="--holdout 41 is too many of 100 training images"):
+        images.hold_out(41)
+    with pytest.raises(UserError, match="--holdout 100 is too many of 100"):
+        made_set(100).hold_out(100)
+
+
+def test_shifted_copies_follow_the_images():
+    images = made_set(3)
+    smooth = torch.linspace(40, 160, 3 * 3 * 32 * 32).view(3, 3, 32, 32).to(torch.uint8)
+    images = ImageSet(smooth, images.labels, images.classes)
+    shifted = with_shifted_copies(images)
+    assert shifted.images.shape == (15, 3, 32, 32)
+    assert shifted.images.dtype == torch.uint8
+    assert shifted.labels.tolist() == [0, 1, 2] * 5
+    plain, bright, pale, blurred, crushed = shifted.images.float().split(3)
+    assert torch.equal(plain, images.images.float())
+    assert (bright - 1.4 * plain).abs().max() <= 1
+    spread = [x.std(dim=1).mean() for x in (plain, pale)]  # of the three colours
+    assert 0.35 < spread[1] / spread[0] < 0.45
+    for copy in (blurred, crushed):
+        assert 0 < (copy - plain).abs().mean() < 5
+    assert len(with_shifted_copies(images.first(0))) == 0
+
+
+# ------------------------------------------------------------------------------------------- demo
+
+
+def test_the_demo_set_is_the_same_every_time_and_balanced():
+    for part, count in (("train", 3000), ("test", 1000), ("synthetic", 3000)):
+        images = load_demo(part)
+        assert images.images.shape == (count, 3, 32, 32)
+        assert images.images.dtype == torch.uint8
+        assert torch.bincount(images.labels).tolist() == [count // 10] * 10
+    for style in ("real", "synthetic"):
+        assert all(
+            np.array_equal(*pair)
+            for pair in zip(draw(style, 50, 1), draw(style, 50, 1), strict=True)
+        )
+        assert not np.array_equal(draw(style, 50, 1)[0], draw(style, 50, 2)[0])
+
+
+def test_a_linear_classifier_finds_little_in_the_demo_set():
+    """Ridge regression on pixels, its strength picked to its own advantage on the test set."""
+    train, test = load_demo("train"), load_demo("test")
+
+    def features(images):
+        return torch.cat([images.images.flatten(1) / 255 - 0.5, torch.ones(len(images), 1)], 1)
+
+    x, y = features(train), torch.nn.functional.one_hot(train.labels, 10).float()
+    accuracies, gram = [], x.T @ x
+    for strength in (1e3, 1e4):
+        weights = torch.linalg.solve(gram + strength * torch.eye(x.shape[1]), x.T @ y)
+        correct = (features(test) @ weights).argmax(1) == test.labels
+        accuracies.append(correct.float().mean().item())
+    assert max(accuracies) < 0.25

@@ -3,27 +3,23 @@ from argparse import Namespace
 
 import pytest
 import torch
+from conftest import run_student
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, OneCycleLR
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import main_train_cifar10 as student_script
+from augmentations import AUGMENTATIONS
 from data import DeviceLoader, ImageSet, normalize
-from engine import (
-    TrainStep,
-    WeightAverage,
-    build_optimizer,
-    build_scheduler,
-    evaluate,
-    evaluate_kd,
-    kd_loss,
-    lr_factor,
-    per_class_accuracy,
-    standardize,
-    train_one_epoch,
-)
+from engine import TrainStep, compare, evaluate, kd_loss, label_loss, predict, train_one_epoch
 from models import build_model
+from optimizers import EMA, build_optimizer, build_scheduler
 
 RECIPE = student_script.parse_args([])
+
+
+def recipe(**changes) -> Namespace:
+    return Namespace(**{**vars(RECIPE), **changes})
 
 
 def made_set(n: int) -> ImageSet:
@@ -32,23 +28,7 @@ def made_set(n: int) -> ImageSet:
     return ImageSet(images, torch.arange(n) % 10, tuple("abcdefghij"))
 
 
-def rates(scheduler, steps: int) -> list[float]:
-    seen = []
-    for _ in range(steps):
-        seen.append(scheduler.get_last_lr()[0])
-        scheduler.optimizer.step()
-        scheduler.step()
-    return seen
-
-
 # ------------------------------------------------------------------------------------------- loss
-
-
-def test_standardized_logits_are_those_of_the_paper():
-    logits = 5 * torch.randn(4, 10) + 3
-    rows = [[(x - row.mean()) / row.std(correction=0) for x in row] for row in logits]
-    assert torch.allclose(standardize(logits), torch.tensor(rows), atol=1e-5)
-    assert torch.equal(standardize(torch.ones(1, 10)), torch.zeros(1, 10))  # and not nan
 
 
 def test_kd_loss_is_the_formula_worked_out_by_hand():
@@ -96,79 +76,122 @@ def test_the_gradient_reaches_the_student_alone():
 # ------------------------------------------------------------------------------------------ loops
 
 
-def test_an_epoch_leaves_the_teacher_as_it_was_and_moves_the_student():
-    torch.manual_seed(0)
-    student, teacher = build_model(stem="imagenet"), build_model(stem="imagenet")
-    teacher.eval().requires_grad_(False)
-    teacher_before = {key: value.clone() for key, value in teacher.state_dict().items()}
-    student_before = {key: value.clone() for key, value in student.state_dict().items()}
-    loader = DeviceLoader(made_set(40), 16, "cpu", train=True)
-    optimizer = build_optimizer(student, RECIPE)
-    scheduler = build_scheduler(optimizer, RECIPE, len(loader))
+def test_a_run_leaves_its_teacher_as_it_was_loaded(demo_teacher, workdir, monkeypatch):
+    """The script's own teacher: neither trained, nor drifting with its BatchNorm statistics."""
+    load, kept = student_script.load_teacher, {}
+
+    def load_teacher(*args):
+        teacher, sha256 = load(*args)
+        kept["teacher"] = teacher
+        kept["state"] = {key: value.clone() for key, value in teacher.state_dict().items()}
+        return teacher, sha256
+
+    monkeypatch.setattr(student_script, "load_teacher", load_teacher)
+    run_student("--teacher_weights", demo_teacher, "--amp", "off", "--run_dir", "run")
+    teacher, state = kept["teacher"], kept["state"]
+    assert any(key.endswith("running_mean") for key in state)  # the buffers are compared too
+    for key, value in teacher.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    assert not any(module.training for module in teacher.modules())
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+
+
+class Found(TorchDispatchMode):
+    """Notes every operation that a tensor of a given dtype takes part in."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype, self.operations, self.count = dtype, set(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.count += 1
+        for x in tree_leaves((args, kwargs, result)):
+            if isinstance(x, torch.Tensor) and x.dtype == self.dtype:
+                self.operations.add(str(function))
+        return result
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])
+@pytest.mark.parametrize(
+    "augmentation",
+    [*({"augment": name} for name in AUGMENTATIONS), {"mixup": 0.4}, {"cutmix": 1.0}],
+    ids=lambda augmentation: str(*augmentation.values()),
+)
+def test_nothing_that_a_device_computes_is_float64(optimizer, augmentation):
+    """MPS has no float64."""
+    model = nn.Sequential(nn.Conv2d(3, 10, 3), nn.BatchNorm2d(10), nn.AdaptiveAvgPool2d(1))
+    model = model.append(nn.Flatten()).append(nn.Linear(10, 10))
+    args = recipe(optimizer=optimizer, scheduler="linear", warmup=0.1)
+    rule = build_optimizer(model, args)
+    scheduler, ema = build_scheduler(rule, args, 2), EMA(model, 0.9)
+    loader = DeviceLoader(made_set(32), 16, "cpu", train=True, **augmentation)
 
     def loss_fn(images, labels):
-        with torch.inference_mode():
-            teacher_logits = teacher(images)
-        logits = student(images)
-        return kd_loss(logits, teacher_logits, 10.0), logits.argmax(1) == teacher_logits.argmax(1)
+        loss, matches = label_loss(model(images), labels)
+        return loss + kd_loss(model(images), ema.model(images), 4.0), matches
 
-    result = train_one_epoch(student, loader, TrainStep(loss_fn, optimizer), scheduler)
-
-    assert set(result) == {"loss", "hits", "images_per_second"}
-    assert math.isfinite(result["loss"])
-    assert 0 <= result["hits"] <= 100
-    assert "bn1.running_mean" in teacher_before  # the buffers are compared too
-    for key, value in teacher.state_dict().items():
-        assert torch.equal(value, teacher_before[key]), key
-    for key, value in student.state_dict().items():
-        assert not torch.equal(value, student_before[key]), key
+    with Found(torch.float64) as found:
+        train_one_epoch(model, loader, TrainStep(loss_fn, rule, None, ema), scheduler)
+        predict(ema.model, DeviceLoader(made_set(9), 5, "cpu", train=False))
+    assert found.count > 100  # it has seen the training
+    assert not found.operations
+    with Found(torch.float64) as found:  # and it does find what it looks for
+        torch.ones(3).double()
+    assert found.operations
 
 
-def test_an_average_of_weights_follows_the_network():
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])
+def test_a_step_takes_the_average_after_the_update(optimizer):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    average = WeightAverage(model, decay=0.9)
-    expected = [p.detach().clone() for p in model.parameters()]
-    for _ in range(3):
-        model(torch.randn(8, 3)).sum().backward()
-        for p in model.parameters():
-            p.data -= 0.1 * p.grad
-        average.update()
-        expected = [
-            0.9 * e + 0.1 * p.detach() for e, p in zip(expected, model.parameters(), strict=True)
-        ]
-    for mean, by_hand in zip(average.model.parameters(), expected, strict=True):
-        assert torch.allclose(mean, by_hand)
-        assert not mean.requires_grad
-    assert average.model[1].num_batches_tracked == 3
-    assert not torch.equal(average.model[1].running_mean, torch.zeros(2))
-    assert not average.model.training
+    model = nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    rule, ema = build_optimizer(model, recipe(optimizer=optimizer)), EMA(model, 0.9)
+    step = TrainStep(lambda x, y: label_loss(model(x), y), rule, None, ema)
+    expected = model[0].weight.detach().clone()
+    for t in range(1, 4):
+        step(torch.randn(4, 3, 8, 8), torch.arange(4))
+        decay = (1 + t) / (10 + t)
+        expected = decay * expected + (1 - decay) * model[0].weight.detach()
+    torch.testing.assert_close(ema.model[0].weight, expected)
 
 
-def test_how_well_a_student_matches_needs_no_label():
+def test_a_step_computes_in_the_precision_it_was_told():
+    model, seen = nn.Linear(4, 4), []
+
+    def loss_fn(images, labels):
+        logits = model(images)
+        seen.append(logits.dtype)
+        return label_loss(logits, labels)
+
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for amp in (None, torch.bfloat16):
+        loss, matches = TrainStep(loss_fn, optimizer, amp)(torch.randn(4, 4), torch.arange(4))
+        assert loss.dtype == torch.float32
+        assert not loss.requires_grad
+        assert (matches.shape, matches.dtype) == ((4,), torch.bool)
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_mixed_labels_count_their_largest_share():
+    logits = torch.tensor([[3.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
+    shares = torch.tensor([[0.6, 0.4, 0.0], [0.0, 0.7, 0.3]])
+    loss, matches = label_loss(logits, shares)
+    assert matches.tolist() == [True, False]
+    by_hand = -(shares * logits.log_softmax(1)).sum(1).mean()
+    assert loss.item() == pytest.approx(by_hand.item())
+    hard = label_loss(logits, torch.tensor([0, 1]))
+    assert torch.equal(hard[1], matches)
+
+
+def test_how_well_a_student_matches_is_agreement_and_loss():
     torch.manual_seed(0)
-    student, teacher = build_model(stem="imagenet"), build_model(stem="imagenet").eval()
-    images = made_set(23)
-    loader = DeviceLoader(images, 10, "cpu", train=False)
-    result = evaluate_kd(student, teacher, loader, 4.0)
-    with torch.inference_mode():
-        ours, theirs = student(normalize(images.images)), teacher(normalize(images.images))
-    assert result["loss"] == pytest.approx(kd_loss(ours, theirs, 4.0).item(), rel=1e-4)
-    agreement = (ours.argmax(1) == theirs.argmax(1)).float().mean().item()
-    assert result["agreement"] == pytest.approx(100 * agreement)
-    assert evaluate_kd(teacher, teacher, loader, 4.0)["agreement"] == 100
-    loss = evaluate_kd(student, teacher, loader, 4.0, standardized=True)["loss"]
-    by_hand = kd_loss(standardize(ours), standardize(theirs), 4.0).item()
-    assert loss == pytest.approx(by_hand, rel=1e-4)
-
-
-def test_accuracy_by_class_adds_up():
-    torch.manual_seed(0)
-    model, images = build_model(stem="imagenet"), made_set(40)
-    loader = DeviceLoader(images, 15, "cpu", train=False)
-    per_class = per_class_accuracy(model, loader)
-    assert len(per_class) == 10
-    assert sum(per_class) / 10 == pytest.approx(evaluate(model, loader)["accuracy"])
+    ours, theirs = torch.randn(2, 50, 10)
+    result = compare(ours, theirs, 4.0)
+    assert result["loss"] == pytest.approx(kd_loss(ours, theirs, 4.0).item())
+    same = sum(int(a.argmax() == b.argmax()) for a, b in zip(ours, theirs, strict=True))
+    assert 0 < same < 50
+    assert result["agreement"] == pytest.approx(100 * same / 50)
+    assert compare(theirs, theirs, 4.0) == {"loss": pytest.approx(0, abs=1e-5), "agreement": 100}
 
 
 def test_training_means_are_over_images_and_batches_are_reported():
@@ -177,11 +200,13 @@ def test_training_means_are_over_images_and_batches_are_reported():
             super().__init__()
             self.weight = nn.Parameter(torch.zeros(()))
 
-    model, seen = Counting(), []
+    model, seen, correct = Counting().eval(), [], []
     loader = DeviceLoader(made_set(20), 8, "cpu", train=True)
     losses = iter([1.0, 3.0])
 
     def loss_fn(images, labels):
+        correct.extend((labels < 5).tolist())
+        assert model.training
         return model.weight * 0 + next(losses), labels < 5
 
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -190,19 +215,47 @@ def test_training_means_are_over_images_and_batches_are_reported():
     result = train_one_epoch(
         model, loader, step, scheduler, on_batch=lambda n, loss: seen.append((n, loss))
     )
+    assert set(result) == {"loss", "matches", "images_per_second"}
     assert result["loss"] == 2.0
+    assert result["matches"] == pytest.approx(100 * sum(correct) / 16)
+    assert len(correct) == 16
+    assert result["images_per_second"] > 0
     assert [(n, loss.item()) for n, loss in seen] == [(8, 1.0), (8, 3.0)]
+    assert scheduler.last_epoch == 2
+
+
+class Linear(nn.Module):
+    """Logits from pixels, in float32 to the last bit of every batch size."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, images):
+        return self.norm(images)[:, :, :2, :2].flatten(1)[:, :10]
 
 
 def test_evaluation_is_exact_on_an_uneven_last_batch():
     torch.manual_seed(0)
-    model, images = build_model(stem="imagenet"), made_set(23)
-    whole = evaluate(model, DeviceLoader(images, 23, "cpu", train=False))
-    for batch_size in (1, 7, 10, 500):
-        parts = evaluate(model, DeviceLoader(images, batch_size, "cpu", train=False))
-        assert parts["accuracy"] == whole["accuracy"]
-        assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    model, images = Linear(), made_set(23)
+    logits = predict(model, DeviceLoader(images, 23, "cpu", train=False))
+    assert torch.equal(logits, model(normalize(images.images)))
     assert not model.training
+    whole = evaluate(model, DeviceLoader(images, 23, "cpu", train=False))
+    assert whole["loss"] == pytest.approx(nn.functional.cross_entropy(logits, images.labels).item())
+    for batch_size in (1, 7, 10, 500):
+        loader = DeviceLoader(images, batch_size, "cpu", train=False)
+        assert torch.equal(predict(model, loader), logits)
+        assert evaluate(model, loader) == whole
+
+
+def test_predictions_in_bfloat16_are_float32_numbers():
+    torch.manual_seed(0)
+    model, loader = build_model("wrn_16_1"), DeviceLoader(made_set(5), 5, "cpu", train=False)
+    exact, rounded = predict(model, loader), predict(model, loader, torch.bfloat16)
+    assert rounded.dtype == torch.float32
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
 
 
 def test_evaluation_counts_right_and_wrong():
@@ -217,56 +270,3 @@ def test_evaluation_counts_right_and_wrong():
 
     result = evaluate(Oracle(), DeviceLoader(images, 10, "cpu", train=False))
     assert result["accuracy"] == pytest.approx(100 * 19 / 25)
-
-
-# -------------------------------------------------------------------------------------- schedules
-
-
-@pytest.mark.parametrize("name", ["multistep", "cosine", "onecycle"])
-@pytest.mark.parametrize("steps", [10, 50, 391])
-def test_schedules_are_pytorchs_own(name, steps):
-    ours = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.05)
-    theirs = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.05)
-    reference = {
-        "multistep": lambda: MultiStepLR(theirs, [-(-steps // 2), -(-steps * 4 // 5)], 0.1),
-        "cosine": lambda: CosineAnnealingLR(theirs, steps),
-        "onecycle": lambda: OneCycleLR(theirs, 0.05, total_steps=steps, cycle_momentum=False),
-    }[name]()
-    recipe = Namespace(**{**vars(RECIPE), "scheduler": name})
-    mine = rates(build_scheduler(ours, recipe, steps), steps)
-    expected = []
-    for step in range(steps):  # OneCycleLR refuses a step after the last
-        expected.append(reference.get_last_lr()[0])
-        if step < steps - 1:
-            theirs.step()
-            reference.step()
-    assert mine == pytest.approx(expected, rel=1e-6, abs=1e-12)
-
-
-@pytest.mark.parametrize("epochs", [1, 2, 3, 10, 50])
-def test_milestones_keep_their_place_in_a_run_of_any_length(epochs):
-    factors = [lr_factor("multistep", step, epochs * 390) for step in range(epochs * 390)]
-    assert factors[0] == 1
-    changes = [s for s in range(1, len(factors)) if factors[s] != factors[s - 1]]
-    assert changes == [epochs * 390 * 5 // 10, epochs * 390 * 8 // 10]
-    assert factors[-1] == pytest.approx(0.01)
-
-
-@pytest.mark.parametrize("name", ["none", "multistep", "cosine", "onecycle"])
-@pytest.mark.parametrize("steps", [1, 2, 3, 4])
-def test_the_shortest_runs_have_a_rate_to_learn_with(name, steps):
-    factors = [lr_factor(name, step, steps) for step in range(steps)]
-    assert max(factors) > 0.5
-    assert all(0 < factor <= 1 for factor in factors)
-
-
-def test_optimizers_take_their_flags():
-    model = nn.Linear(2, 2)
-    sgd = build_optimizer(model, Namespace(**{**vars(RECIPE), "nesterov": True}))
-    assert isinstance(sgd, torch.optim.SGD)
-    group = sgd.param_groups[0]
-    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.05, 0.9, 5e-4)
-    assert group["nesterov"]
-    adam = build_optimizer(model, Namespace(**{**vars(RECIPE), "optimizer": "adam"}))
-    assert isinstance(adam, torch.optim.Adam)
-    assert adam.param_groups[0]["lr"] == 0.05

@@ -1,305 +1,559 @@
-import csv
-import io
+"""A run and its folder: what is written, restored, refused, and kept when something goes wrong."""
+
 import json
 import os
+import re
 import resource
 import signal
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from conftest import log, make_run, metrics, row, tiny_state
 
-import experiment
-from engine import build_scheduler
-from experiment import (
-    Progress,
-    Run,
-    Stopped,
-    UserError,
-    one_line_errors,
-    pick_device,
-    replacing,
-    save,
-    seed_everything,
-)
+from experiment import flags, folder, run
+from experiment.device import pick_device, seed_everything
+from experiment.errors import Stopped, UserError, one_line_errors
+from experiment.files import load, save
+from experiment.folder import FORMAT, parse_args, read_config
+from experiment.signals import STOP_SIGNALS
 from models import read_weights
+from optimizers import EMA
 
 
-def flags(**changes) -> Namespace:
-    given = {"demo": False, "run_dir": None, "resume": None, "output": Path("out.pth")}
-    return Namespace(**{**given, "device": "cpu", "epochs": 9, **changes})
+@pytest.fixture
+def every_epoch(monkeypatch):
+    """Every epoch is written at once, however short it is."""
+    monkeypatch.setattr(run, "SAVE_EVERY", 0)
 
 
-def row(epoch: int, accuracy: float, loss: float = 1.0) -> dict[str, float]:
-    return {
-        "epoch": epoch,
-        "lr": 0.05,
-        "train_loss": loss,
-        "train_agreement": 50.0,
-        "test_loss": 1.5,
-        "test_accuracy": accuracy,
-        "seconds": 61.0,
-        "images_per_second": 1234.5,
-    }
+def resumed(path: Path, state: dict | None = None, **more) -> run.Run:
+    return make_run(state, resume=path, **more)
 
 
-def parts():
-    """A tiny model with an optimizer and a scheduler that have some state."""
-    model = nn.Linear(3, 2)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    schedule = Namespace(scheduler="multistep", milestones=[0.5, 0.8], gamma=0.1)
-    scheduler = build_scheduler(optimizer, schedule, 10)
-    for _ in range(6):
-        model(torch.randn(4, 3)).sum().backward()
-        optimizer.step()
-        scheduler.step()
-    return model, optimizer, scheduler
-
-
-def checkpoint(model):
-    return {"arch": "linear", "classes": ["cat", "dog"], "model": model.state_dict()}
+# --------------------------------------------------------------------------------- a new folder
 
 
 def test_runs_are_numbered_and_never_reused(workdir):
-    folders = [Run(flags(), "student", {}).folder for _ in range(3)]
+    folders = [make_run().folder for _ in range(3)]
     assert [str(f) for f in folders] == [f"runs/student-00{n}" for n in (1, 2, 3)]
     (workdir / "runs" / "student-041").mkdir()
     (workdir / "runs" / "student-old").mkdir()
-    assert Run(flags(), "student", {}).folder == Path("runs/student-042")
-    assert Run(flags(), "teacher", {}).folder == Path("runs/teacher-001")
-    assert Run(flags(demo=True), "student", {}).folder == Path("runs/demo/student-001")
+    assert make_run().folder == Path("runs/student-042")
+    assert make_run(name="teacher").folder == Path("runs/teacher-001")
+    assert make_run(demo=True).folder == Path("runs/demo/student-001")
+
+
+def test_two_runs_that_start_at_once_take_two_numbers(workdir, monkeypatch):
+    check = folder.check_output
+
+    def check_while_another_run_starts(*args):
+        check(*args)
+        Path("runs/student-001").mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(folder, "check_output", check_while_another_run_starts)
+    assert make_run().folder == Path("runs/student-002")
 
 
 def test_a_folder_with_something_in_it_is_refused(workdir):
     (workdir / "mine").mkdir()
     (workdir / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match=r"mine is not empty.*--resume mine"):
-        Run(flags(run_dir=Path("mine")), "student", {})
+        make_run(run_dir=Path("mine"))
     assert [p.name for p in (workdir / "mine").iterdir()] == ["thesis.tex"]
 
 
+def test_what_a_killed_start_left_is_no_obstacle(workdir):
+    (workdir / "run").mkdir()
+    for name in (".lock", ".x1y2.tmp"):
+        (workdir / "run" / name).touch()
+    make_run(run_dir=Path("run"))
+
+
 def test_the_config_tells_where_a_run_comes_from(workdir):
-    run = Run(flags(run_dir=Path("a/b")), "student", {"train_images": 7}, teacher_accuracy=81.5)
-    config = json.loads((run.folder / "config.json").read_text())
-    assert config["kind"] == "student"
-    assert config["train_images"] == 7
-    assert config["teacher_accuracy"] == 81.5
+    made = make_run(None, {"train_images": 7}, run_dir=Path("a/b"), teacher_accuracy=81.5)
+    config = json.loads((made.folder / "config.json").read_text())
+    expected = {"name": "student", "format": FORMAT, "train_images": 7, "teacher_accuracy": 81.5}
+    assert {key: config[key] for key in expected} == expected
+    assert len(config["run_id"]) == 32
     assert config["args"]["output"] == "out.pth"
-    assert config["torch"] == str(torch.__version__)
-    assert {"command", "started", "git_commit", "python", "torchvision", "hardware"} <= set(config)
+    (part,) = config["parts"]
+    assert part["torch"] == str(torch.__version__)
+    assert (part["from_epoch"], part["precision"]) == (1, "float32")
+    assert {"command", "started", "git_commit", "python", "torchvision", "hardware"} <= set(part)
 
 
-@pytest.mark.parametrize("output", ["folder", "file/out.pth"])
-def test_an_output_that_cannot_be_written_is_refused_before_training(output, workdir):
-    (workdir / "folder").mkdir()
+@pytest.mark.parametrize(
+    ("output", "problem"),
+    [
+        ("folder", "not a regular file"),
+        (".", "not a regular file"),
+        ("/dev/null", "not a regular file"),
+        ("fifo", "not a regular file"),
+        ("run", "not a regular file"),  # which is a folder before long
+        ("runs", "not a regular file"),
+        ("file/out.pth", "file is not a folder"),
+        ("run/last.pt", "a run writes"),
+        ("run/BEST.pt", "a run writes"),
+        ("link/config.json", "a run writes"),
+        ("run/.lock", "a run writes"),
+        ("run/val_accuracy.png", "a run writes"),
+        ("run/metrics.csv", "a run writes"),
+        ("other/last.pt", "a run writes"),
+        ("é" * 124 + ".pth", "longer than 251 bytes"),  # too long for its name.001.pth
+        ("é" * 126 + ".pth", "longer than 251 bytes"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_training(output, problem, workdir):
+    for name in ("folder", "other"):
+        (workdir / name).mkdir()
+    (workdir / "other" / "config.json").write_text("{}")
     (workdir / "file").write_text("")
-    with pytest.raises((UserError, OSError)):
-        Run(flags(output=Path(output)), "student", {})
-    assert not (workdir / "runs").exists()
+    (workdir / "link").symlink_to("run")
+    os.mkfifo("fifo")
+    before = sorted(workdir.rglob("*"))
+    run_dir = Path("runs/new" if output == "runs" else "run")
+    with pytest.raises(UserError, match=rf"--output {output} cannot be written: .*{problem}"):
+        make_run(output=Path(output), run_dir=run_dir)
+    assert sorted(workdir.rglob("*")) == before
 
 
-def test_metrics_hold_every_epoch_and_best_is_the_first_best(workdir, monkeypatch):
-    monkeypatch.setattr(experiment, "SAVE_EVERY", 0)
-    model, optimizer, scheduler = parts()
-    run = Run(flags(), "student", {})
-    for epoch, accuracy in enumerate([40.0, 60.0, 60.0, 50.0], start=1):
-        run.record(row(epoch, accuracy), checkpoint(model), optimizer, scheduler)
-        with open(run.folder / "metrics.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
+def test_a_network_may_lie_in_the_folder_of_its_run(workdir):
+    with make_run(run_dir=Path("run"), output=Path("run/new/student.pth"), epochs=1) as made:
+        log(made, 40.0)
+        made.finish()
+    assert read_weights("run/new/student.pth")
+
+
+def test_a_resumed_run_may_not_write_over_its_own_files(workdir):
+    with make_run(run_dir=Path("run")) as made:
+        log(made, 40.0)
+    with pytest.raises(UserError, match=r"--output run/last\.pt cannot be written"):
+        resumed(Path("run"), output=Path("run/last.pt"))
+    resumed(Path("run"))
+
+
+# --------------------------------------------------------------------------------- what is kept
+
+
+def test_metrics_hold_every_epoch_and_best_is_the_first_best(workdir, every_epoch):
+    made = make_run()
+    for epoch, accuracy in zip(made.epochs(), [40.0, 60.0, 60.0, 50.0], strict=False):
+        made.log(row(accuracy))
+        rows = metrics(made.folder)
         assert [int(r["epoch"]) for r in rows] == list(range(1, epoch + 1))
-    assert list(rows[0]) == list(row(1, 0))
+        if epoch == 4:
+            break
+    assert list(rows[0]) == ["epoch", "lr", *row(0), "seconds"]
     assert float(rows[3]["test_accuracy"]) == 50.0
-    assert run.best["epoch"] == 2
-    provenance = read_weights(run.folder / "best.pt")[1]["provenance"]
+    assert made.best["epoch"] == 2
+    provenance = read_weights(made.folder / "best.pt")[1]["provenance"]
     assert (provenance["epoch"], provenance["test_accuracy"]) == (2, 60.0)
-    assert read_weights(run.folder / "last.pt")[1]["provenance"]["epoch"] == 4
-    assert not list(run.folder.glob("*.tmp"))
+    assert read_weights(made.folder / "last.pt")[1]["provenance"]["epoch"] == 4
+    assert not list(made.folder.glob("*.tmp"))
 
 
-def test_a_run_goes_on_with_all_it_had(workdir):
-    model, optimizer, scheduler = parts()
-    run = Run(flags(), "student", {"train_images": 5})
-    run.record(row(1, 40.0), checkpoint(model), optimizer, scheduler)
-    (run.folder / "metrics.csv").unlink()  # stopped between the checkpoint and the table
-    run.lock.close()  # as when a process ends
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_a_run_is_resumed_with_all_it_had(decay, workdir):
+    def state() -> dict:
+        state = tiny_state()
+        ema = EMA(state["model"], decay)
+        return {**state, "model": ema.model, "trained": state["model"], "ema": ema}
 
-    again = Run(flags(resume=run.folder), "student", {"train_images": 5})
-    other_model, other_optimizer, other_scheduler = parts()
-    assert again.restore(other_model, other_optimizer, other_scheduler) == 2
-    assert again.history == run.history
-    assert (run.folder / "metrics.csv").exists()
-    assert other_scheduler.get_last_lr() == scheduler.get_last_lr()
-    for a, b in zip(model.parameters(), other_model.parameters(), strict=True):
-        assert torch.equal(a, b)
-        momentum = optimizer.state[a]["momentum_buffer"]
-        assert torch.equal(momentum, other_optimizer.state[b]["momentum_buffer"])
+    first, second = state(), state()
+    first["ema"].update()
+    made = make_run(first, {"train_images": 5})
+    log(made, 40.0)
+    (made.folder / "metrics.csv").unlink()  # killed between the checkpoint and the table
+    made.lock.close()  # as when a process ends
+
+    again = resumed(made.folder, second, must_match={"train_images": 5})
+    assert next(again.epochs()) == 2
+    assert again.history == made.history
+    assert [r["epoch"] for r in metrics(made.folder)] == ["1"]
+    assert second["scheduler"].get_last_lr() == first["scheduler"].get_last_lr()
+    torch.testing.assert_close(second["ema"].state_dict(), first["ema"].state_dict())
+    for name in ("model", "trained"):
+        torch.testing.assert_close(
+            second[name].state_dict(), first[name].state_dict(), rtol=0, atol=0
+        )
+    pairs = zip(first["trained"].parameters(), second["trained"].parameters(), strict=True)
+    for a, b in pairs:
+        momentum = first["optimizer"].state[a]["momentum_buffer"]
+        assert torch.equal(momentum, second["optimizer"].state[b]["momentum_buffer"])
 
 
-def test_a_run_without_a_finished_epoch_starts_at_the_first(workdir):
-    with Run(flags(), "student", {}) as run:
+def test_a_resumed_epoch_draws_what_the_unbroken_one_would_have(workdir):
+    whole = [torch.rand(3).tolist() for _ in make_run(epochs=3).epochs()]
+    with make_run(epochs=3) as made:
+        log(made, 40.0)
+    rest = [torch.rand(3).tolist() for _ in resumed(made.folder, epochs=3).epochs()]
+    assert rest == whole[1:]
+
+
+def test_every_part_of_a_run_tells_its_own_story(workdir):
+    """Stopped before the first epoch, after it, and resumed twice: config.json and the network."""
+    with make_run(epochs=2) as made:
         pass
-    assert Run(flags(resume=run.folder), "student", {}).restore(*parts()) == 1
+    with resumed(made.folder, epochs=2) as made:
+        log(made, 40.0)
+    with resumed(made.folder, epochs=2, amp=torch.bfloat16) as made:
+        log(made, 50.0)
+        made.finish()
+    parts = read_config(made.folder)["parts"]
+    assert [part["from_epoch"] for part in parts] == [1, 1, 2]
+    assert [part["precision"] for part in parts] == ["float32", "float32", "bfloat16"]
+    assert all(part["seconds"] > 0 for part in parts)
+    exported = read_weights("out.pth")[1]["provenance"]["parts"]
+    assert [part["from_epoch"] for part in exported] == [1, 1, 2]
 
 
-def test_a_run_does_not_go_on_with_another_teacher(workdir):
-    with Run(flags(), "student", {"teacher_sha256": "aaaa"}) as run:
-        pass
-    with pytest.raises(UserError, match="cannot go on: teacher_sha256 was aaaa, now bbbb"):
-        Run(flags(resume=run.folder), "student", {"teacher_sha256": "bbbb"})
+def test_another_precision_is_mentioned_when_a_run_is_resumed(workdir, capsys):
+    with make_run() as made:
+        log(made, 40.0)
+    resumed(made.folder).lock.close()
+    assert "note:" not in capsys.readouterr().out
+    resumed(made.folder, amp=torch.bfloat16)
+    assert "note: so far this run was in float32; now it is in bfloat16" in capsys.readouterr().out
 
 
-def test_what_waits_is_a_copy_and_is_written_at_the_end(workdir):
+def test_seconds_are_from_the_wall(workdir, every_epoch, monkeypatch, capsys):
+    """Those of an epoch have saving and drawing in them; those of a part have all since the start.
+
+    Here an epoch's training takes 10 s, its plots 100 s and the start of the script 1,000 s.
+    """
+    now = [run.IMPORTED + 1000.0]
+    monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
+
+    def pass_time(seconds: float) -> None:
+        now[0] += seconds
+
+    with make_run(on_save=lambda folder: pass_time(100), epochs=2) as made:
+        for _ in made.epochs():
+            pass_time(10)
+            made.log(row(40.0))
+        made.finish()
+    assert [float(r["seconds"]) for r in metrics(made.folder)] == [10, 110]
+    assert read_config(made.folder)["parts"][0]["seconds"] == 1320
+    assert "time   22 min 0 s on" in capsys.readouterr().out
+    assert read_weights("out.pth")[1]["provenance"]["parts"][0]["seconds"] == 1320
+
+
+def test_what_is_pending_is_a_copy_and_is_written_at_the_end(workdir):
     """Short epochs are not written one by one; the last finished one is never lost."""
-    model, optimizer, scheduler = parts()
-    with pytest.raises(ZeroDivisionError), Run(flags(), "student", {}) as run:
-        written = []
-        for epoch, accuracy in enumerate([40.0, 60.0, 50.0], start=1):
-            model.weight.data.fill_(epoch)
-            written.append(
-                run.record(row(epoch, accuracy), checkpoint(model), optimizer, scheduler)
-            )
-        assert written == [True, False, False]
-        assert len((run.folder / "metrics.csv").read_text().splitlines()) == 2
-        model.weight.data.fill_(99)  # the middle of the next epoch
+    state = tiny_state()
+    with pytest.raises(ZeroDivisionError), make_run(state) as made:
+        for epoch, accuracy in zip(made.epochs(), [40.0, 60.0, 50.0], strict=False):
+            state["model"].weight.data.fill_(epoch)
+            made.log(row(accuracy))
+            assert len(metrics(made.folder)) == 1  # that of the first
+            if epoch == 3:
+                break
+        state["model"].weight.data.fill_(99)  # the middle of the next epoch
         1 / 0  # noqa: B018
-    assert len((run.folder / "metrics.csv").read_text().splitlines()) == 4
-    assert read_weights(run.folder / "last.pt")[0]["weight"].unique().item() == 3
-    assert read_weights(run.folder / "best.pt")[0]["weight"].unique().item() == 2
+    assert len(metrics(made.folder)) == 3
+    assert read_weights(made.folder / "last.pt")[0]["weight"].unique().item() == 3
+    assert read_weights(made.folder / "best.pt")[0]["weight"].unique().item() == 2
 
 
 @pytest.mark.parametrize("broken", ["train_loss", "test_loss", "weight"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_diverged_epoch_ends_the_run_and_spares_the_last_good_one(value, broken, workdir):
-    model, optimizer, scheduler = parts()
-    with Run(flags(), "student", {}) as run:
-        run.record(row(1, 40.0), checkpoint(model), optimizer, scheduler)
-        run.record(row(2, 45.0), checkpoint(model), optimizer, scheduler)  # waits
+    state = tiny_state()
+    with make_run(state) as made:
+        epochs = made.epochs()
+        for accuracy in (40.0, 45.0):  # the second one is pending
+            next(epochs)
+            made.log(row(accuracy))
+        next(epochs)
         if broken == "weight":
-            model.weight.data[0, 0] = value
-        diverged = {**row(3, 10.0), broken: value} if broken != "weight" else row(3, 10.0)
-        with pytest.raises(UserError, match=r"after epoch 3: its .*(nan|inf|not finite).*--lr"):
-            run.record(diverged, checkpoint(model), optimizer, scheduler)
-    weights, facts = read_weights(run.folder / "last.pt")
+            state["model"].weight.data[0, 0] = value
+        diverged = {**row(10.0), broken: value} if broken != "weight" else row(10.0)
+        with pytest.raises(UserError, match=r"after epoch 3: .*(nan|inf|not finite).*--lr"):
+            made.log(diverged)
+    weights, facts = read_weights(made.folder / "last.pt")
     assert facts["provenance"]["epoch"] == 2
     assert weights["weight"].isfinite().all()
-    assert "nan" not in (run.folder / "metrics.csv").read_text()
+    assert "nan" not in (made.folder / "metrics.csv").read_text()
 
 
-@pytest.mark.parametrize("number", experiment.STOP_SIGNALS)
+def test_a_full_disk_is_one_line_and_spares_the_last_checkpoint(workdir, every_epoch):
+    with make_run() as made:
+        epochs = made.epochs()
+        next(epochs)
+        made.log(row(40.0))
+        next(epochs)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))  # bytes a file may have
+        try:
+            with pytest.raises(UserError, match=r"last.pt cannot be written: File too large"):
+                made.log(row(35.0))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert read_weights(made.folder / "last.pt")[1]["provenance"]["epoch"] == 1
+        assert len(metrics(made.folder)) == 1
+        assert not list(made.folder.glob("*.tmp"))
+    # by the end of the block there is room again
+    assert read_weights(made.folder / "last.pt")[1]["provenance"]["epoch"] == 2
+
+
+def test_plots_that_cannot_be_drawn_are_no_reason_to_stop(workdir, every_epoch, capsys):
+    def fail(folder: Path) -> None:
+        raise UserError("the loss is 1e33, too large to be drawn")
+
+    with make_run(on_save=fail, epochs=2) as made:
+        log(made, 40.0, 50.0)
+        made.finish()
+    assert "note: no plots were drawn: the loss is 1e33" in capsys.readouterr().out
+    assert len(metrics(made.folder)) == 2
+
+
+# -------------------------------------------------------------------------------- what is refused
+
+
+@pytest.fixture
+def stopped(workdir) -> Path:
+    """The folder of a run that was stopped after an epoch."""
+    with make_run(None, {"teacher_sha256": "aaaa"}, run_dir=Path("stopped")) as made:
+        log(made, 40.0)
+    return made.folder
+
+
+def test_a_run_is_not_resumed_with_another_teacher(stopped):
+    with pytest.raises(UserError, match="cannot be resumed: teacher_sha256 was aaaa, is bbbb"):
+        resumed(stopped, must_match={"teacher_sha256": "bbbb"})
+
+
+@pytest.mark.parametrize("change", ["another run", "an older format", "no history", "ragged"])
+def test_a_checkpoint_that_is_not_of_this_run_is_refused(change, stopped):
+    saved = load(stopped / "last.pt")
+    if change == "another run":
+        with make_run() as other:
+            log(other, 70.0)
+        saved = load(other.folder / "last.pt")
+    elif change == "an older format":
+        del saved["run_id"]
+    elif change == "no history":
+        saved["history"] = []
+    else:
+        saved["history"] = [saved["history"][0], {"epoch": 2}]
+    save(stopped / "last.pt", saved)
+    before = {path.name: path.read_bytes() for path in stopped.iterdir()}
+    with (
+        pytest.raises(UserError, match=r"stopped/last\.pt is not the checkpoint of this run"),
+        resumed(stopped) as made,
+    ):
+        log(made, 50.0)
+    assert {path.name: path.read_bytes() for path in stopped.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        '"seconds": NaN',
+        '"seconds": 1e999',
+        '"seconds": [1]',
+        '"hardware": 3',
+        '"precision": null',
+        '"command": "\\u0000"',
+        '"command": "\\ud800"',
+    ],
+)
+def test_a_config_that_was_tampered_with_is_refused(change, stopped):
+    config = (stopped / "config.json").read_text()
+    key = change.split(":")[0]
+    changed = re.sub(rf"{key}: [^\n]*[^,\n]", lambda _: change, config)
+    assert changed != config
+    (stopped / "config.json").write_text(changed)
+    with pytest.raises(UserError, match=r"stopped/config\.json is not the config\.json of a run"):
+        resumed(stopped)
+    assert (stopped / "config.json").read_text() == changed
+
+
+@pytest.mark.parametrize("lost", ["parts", "run_id"])
+def test_a_config_without_what_a_run_needs_is_refused(lost, stopped):
+    config = read_config(stopped)
+    del config[lost]
+    (stopped / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"stopped/config\.json is not the config\.json of a run"):
+        resumed(stopped)
+
+
+def test_a_config_of_an_older_version_names_its_commit(stopped):
+    config = {"kind": "student", "git_commit": "f94fdf4", "args": {}}
+    (stopped / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"format 1 of another version.*the commit .*f94fdf4"):
+        read_config(stopped)
+
+
+def test_nested_json_is_no_traceback(stopped):
+    (stopped / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is not the config"):
+        read_config(stopped)
+
+
+def test_a_folder_is_for_one_process_at_a_time(workdir):
+    made = make_run()
+    with pytest.raises(UserError, match=r"runs/student-001 is in use: another process"):
+        resumed(made.folder)
+    made.lock.close()  # the system does that for a killed process
+    resumed(made.folder)
+
+
+def test_resuming_checks_flags_with_those_of_the_run(tmp_path):
+    """--warmup needs --scheduler linear: the run has it, what is typed to resume it has not."""
+
+    def parse(*argv: str):
+        parser = flags.Parser("")
+        flags.add_optimisation_flags(parser, {"optimizer": "sgd", "scheduler": "multistep"})
+        flags.add_run_flags(parser, "student", "out.pth")
+        return parse_args(parser, argv, "student")
+
+    args = vars(parse("--scheduler", "linear", "--warmup", "0.2"))
+    config = {"name": "student", "format": FORMAT, "args": args}
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    again = parse("--resume", str(tmp_path), "--warmup", "0.2")
+    assert (again.scheduler, again.warmup) == ("linear", 0.2)
+
+
+# --------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_ends_a_run_with_what_is_finished(number, workdir, capsys):
-    model, optimizer, scheduler = parts()
     before = signal.getsignal(number)
-    with pytest.raises(SystemExit) as stop, one_line_errors(), Run(flags(), "student", {}) as run:
-        run.record(row(1, 40.0), checkpoint(model), optimizer, scheduler)
-        run.record(row(2, 45.0), checkpoint(model), optimizer, scheduler)
+    with pytest.raises(SystemExit) as stop, one_line_errors(), make_run() as made:
+        log(made, 40.0, 45.0)
         signal.raise_signal(number)
         pytest.fail("the signal was missed")
     assert stop.value.code == 128 + number
     assert capsys.readouterr().err.splitlines()[1:] == [
-        "stopped after epoch 2 of 9; to go on:",
+        "stopped after epoch 2 of 9; resume with",
         f"python {sys.argv[0]} --resume runs/student-001",
     ]
-    assert read_weights(run.folder / "last.pt")[1]["provenance"]["epoch"] == 2
+    assert read_weights(made.folder / "last.pt")[1]["provenance"]["epoch"] == 2
     assert signal.getsignal(number) == before
 
 
-def test_a_signal_does_not_cut_into_the_end_of_an_epoch(workdir, monkeypatch):
-    model, optimizer, scheduler = parts()
-
-    told = []
-
-    def save_and_be_told_to_stop(*args, **kwargs):
-        if not told:
-            signal.raise_signal(signal.SIGTERM)
-        told.append(args)
-        save(*args, **kwargs)
-
-    monkeypatch.setattr(experiment, "save", save_and_be_told_to_stop)
-    with pytest.raises(Stopped, match="after epoch 1"), Run(flags(), "student", {}) as run:
-        run.record(row(1, 40.0), checkpoint(model), optimizer, scheduler)
-    assert len(told) == 2
-    assert len((run.folder / "metrics.csv").read_text().splitlines()) == 2
-    assert read_weights(run.folder / "best.pt")
+def test_the_terminal_may_be_closed_on_sighup_too():
+    assert signal.SIGHUP in STOP_SIGNALS
 
 
-def test_a_folder_is_for_one_process_at_a_time(workdir):
-    run = Run(flags(), "student", {})
-    with pytest.raises(UserError, match=r"runs/student-001 is in use: another process"):
-        Run(flags(resume=run.folder), "student", {})
-    run.lock.close()  # the system does that for a killed process
-    Run(flags(resume=run.folder), "student", {})
+def test_a_run_under_nohup_outlives_its_terminal(workdir):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with make_run() as made:
+            signal.raise_signal(signal.SIGHUP)
+            log(made, 40.0)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def interrupted_saves(monkeypatch) -> list:
+    """Let SIGINT arrive in the first file that is saved from now on; returns what is saved."""
+    saved = []
+
+    def save_and_be_interrupted(*args) -> None:
+        if not saved:
+            signal.raise_signal(signal.SIGINT)
+        saved.append(args)
+        save(*args)
+
+    monkeypatch.setattr(run, "save", save_and_be_interrupted)
+    return saved
+
+
+def test_a_signal_does_not_cut_into_the_end_of_an_epoch(workdir, monkeypatch, capsys):
+    saved = interrupted_saves(monkeypatch)
+    with pytest.raises(Stopped, match="after epoch 1"), make_run() as made:
+        log(made, 40.0)
+    assert len(saved) == 2  # best.pt and last.pt
+    assert len(metrics(made.folder)) == 1
+    assert "epoch 1/9" in capsys.readouterr().out  # as many as are finished
+
+
+def test_a_signal_does_not_cut_into_the_last_writing(workdir, monkeypatch):
+    with pytest.raises(UserError, match="a broken image"), make_run() as made:
+        log(made, 40.0, 50.0)  # the second one is pending
+        saved = interrupted_saves(monkeypatch)
+        raise UserError("a broken image")
+    assert len(saved) == 2
+    assert len(metrics(made.folder)) == 2
+
+
+def test_a_signal_in_the_export_waits_for_the_file(workdir, monkeypatch):
+    def save_and_be_interrupted(path: Path, state: dict) -> None:
+        signal.raise_signal(signal.SIGINT)
+        save(path, state)
+
+    monkeypatch.setattr(run, "save_without_overwriting", save_and_be_interrupted)
+    with pytest.raises(Stopped, match="after epoch 1 of 1"), make_run(epochs=1) as made:
+        log(made, 40.0)
+        made.finish()
+    assert read_weights("out.pth")
+
+
+# ------------------------------------------------------------------------------------- the export
 
 
 def test_the_end_exports_the_last_epoch_and_says_so(workdir, capsys):
-    model, optimizer, scheduler = parts()
-    run = Run(flags(output=Path("new/student.pth")), "student", {})
-    run.record(row(1, 70.0), checkpoint(model), optimizer, scheduler)
-    run.record(row(2, 65.5), checkpoint(model), optimizer, scheduler)
-    run.finish(checkpoint(model), [60.0, 71.0])
+    state, drawn = tiny_state(), []
+    with make_run(
+        state, output=Path("new/student.pth"), epochs=2, on_save=lambda folder: drawn.append(1)
+    ) as made:
+        log(made, 70.0, 65.5)
+        made.finish()
     said = capsys.readouterr().out
     assert "final  65.50 % on the test set, epoch 2" in said
     assert "best   70.00 %, epoch 1: picked on the test set, only to compare" in said
-    assert "time   2 min 2 s" in said
     assert "saved  new/student.pth" in said
-    table = (run.folder / "per_class.csv").read_text()
-    assert table == "class,test_accuracy\ncat,60\ndog,71\n"
     weights, facts = read_weights("new/student.pth")
-    assert torch.equal(weights["weight"], model.weight)
+    assert torch.equal(weights["weight"], state["model"].weight)
     assert facts["provenance"]["test_accuracy"] == 65.5
+    assert len(drawn) == 2  # after the first epoch, and at the end
+
+
+def test_a_run_without_a_metric_has_no_best_epoch(workdir, capsys):
+    with make_run(epochs=1, metric=None) as made:
+        next(made.epochs())
+        made.log({"train_loss": 1.0})
+        made.finish()
+    assert not (made.folder / "best.pt").exists()
+    assert "best" not in capsys.readouterr().out
 
 
 def test_what_is_in_the_way_of_the_output_is_kept(workdir, capsys):
-    model, optimizer, scheduler = parts()
     Path("notes.txt").write_text("years of work")
     for _ in range(2):
-        run = Run(flags(output=Path("notes.txt")), "student", {})
-        run.record(row(1, 70.0), checkpoint(model), optimizer, scheduler)
-        run.finish(checkpoint(model), [60.0, 71.0])
-        run.finish(checkpoint(model), [60.0, 71.0])  # its own file is replaced
+        with make_run(output=Path("notes.txt"), epochs=1) as made:
+            log(made, 70.0)
+            made.finish()
+            made.finish()  # its own file is replaced
     assert Path("notes.001.txt").read_text() == "years of work"
     provenance = [read_weights(f)[1]["provenance"]["run"] for f in ("notes.002.txt", "notes.txt")]
     assert provenance == ["runs/student-001", "runs/student-002"]
     assert "kept   notes.001.txt, the former notes.txt" in capsys.readouterr().out
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_litter(workdir):
-    path = workdir / "file"
-    path.write_text("old")
-
-    def fail():
-        with replacing(path) as file:
-            file.write(b"half of the n")
-            raise OSError("disk full")
-
-    with pytest.raises(UserError, match=r"file cannot be written: disk full"):
-        fail()
-    assert path.read_text() == "old"
-    assert os.listdir(workdir) == ["file"]
-    save(path, {"a": 1})
-    assert torch.load(path, weights_only=True) == {"a": 1}
-    assert os.listdir(workdir) == ["file"]
+def test_runs_of_the_same_second_and_name_are_told_apart(workdir, monkeypatch):
+    """From two folders, with one seed and one output: the second one keeps the first one's file."""
+    monkeypatch.setattr(folder.time, "strftime", lambda form: "2026-01-01 00:00:00 +0000")
+    output = workdir / "out.pth"
+    for name in ("a", "b"):
+        (workdir / name).mkdir()
+        monkeypatch.chdir(workdir / name)
+        seed_everything(0)
+        with make_run(output=output, epochs=1) as made:
+            log(made, 70.0)
+            made.finish()
+    ids = {read_weights(path)[1]["run_id"] for path in (output, workdir / "out.001.pth")}
+    assert len(ids) == 2
 
 
-def test_a_full_disk_is_one_line_and_spares_the_last_checkpoint(workdir, monkeypatch):
-    monkeypatch.setattr(experiment, "SAVE_EVERY", 0)
-    model, optimizer, scheduler = parts()
-    with Run(flags(), "student", {}) as run:
-        run.record(row(1, 40.0), checkpoint(model), optimizer, scheduler)
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))  # bytes a file may have
-        try:
-            with pytest.raises(UserError, match=r"last.pt cannot be written: File too large"):
-                run.record(row(2, 35.0), checkpoint(model), optimizer, scheduler)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        assert read_weights(run.folder / "last.pt")[1]["provenance"]["epoch"] == 1
-        assert len((run.folder / "metrics.csv").read_text().splitlines()) == 2
-        assert not list(run.folder.glob("*.tmp"))
-    # by the end of the block there is room again
-    assert read_weights(run.folder / "last.pt")[1]["provenance"]["epoch"] == 2
+# --------------------------------------------------------------------------------- seeds, devices
 
 
 def test_every_epoch_draws_its_own_numbers_from_the_seed():
@@ -312,77 +566,32 @@ def test_every_epoch_draws_its_own_numbers_from_the_seed():
     assert len({tuple(d) for d in draws}) == 12
 
 
-def test_the_device_is_the_best_there_is(monkeypatch):
-    device, amp = pick_device("cpu", "auto")
-    assert (device.type, amp) == ("cpu", None)
-    assert pick_device("cpu", "bf16")[1] == torch.bfloat16
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert pick_device("auto", "auto")[0].type == "cpu"
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    with pytest.raises(UserError, match="--device cuda: PyTorch finds 0 CUDA devices"):
-        pick_device("cuda", "auto")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    device, amp = pick_device("auto", "auto")
-    assert (device.type, amp) == ("cuda", torch.bfloat16)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert pick_device("auto", "auto")[1] is None
-    with pytest.raises(UserError, match="--device cuda:1: PyTorch finds 1 CUDA devices"):
-        pick_device("cuda:1", "auto")
+def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch):
     chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80"])
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    device, _ = pick_device("cuda:0", "auto")
-    assert chosen == [device] == [torch.device("cuda", 0)]
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    precision = torch.get_float32_matmul_precision()
+    try:
+        device, amp = pick_device("cuda:1", "off")
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert chosen == [device] == [torch.device("cuda", 1)]
+    assert amp is None
 
 
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (UserError("two\nlines"), "error: two lines"),
-        (OSError("full"), "error: full"),
-        (torch.OutOfMemoryError("Out.\nA"), "error: Out. A smaller --batch_size takes less."),
-        (KeyboardInterrupt(), 130),
-    ],
-)
-def test_what_a_user_can_put_right_is_one_line(error, code):
-    with pytest.raises(SystemExit) as stop, one_line_errors():
-        raise error
-    assert stop.value.code == code
+# ----------------------------------------------------------------------------------- imports
 
 
-def test_a_bug_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError), one_line_errors():
-        1 / 0  # noqa: B018
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_a_terminal_gets_bars_with_loss_and_throughput(monkeypatch, capsys):
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stderr", screen)
-    progress = Progress(first_epoch=1, epochs=2, images=20)
-    for _ in range(2):
-        progress.on_batch(10, torch.tensor(0.25))
-    progress.images.refresh()
-    progress.epoch(row(1, 50.0))
-    progress.close()
-    assert "loss 0.2500" in screen.getvalue()
-    assert "20.0/20.0" in screen.getvalue()
-    assert "img/s" in screen.getvalue()
-    assert "1/2" in screen.getvalue()
-    assert capsys.readouterr().out.startswith(
-        "epoch 1/2  lr 0.05  train_loss 1  train_agreement 50"
-    )
-
-
-def test_a_file_gets_one_line_an_epoch(capsys):
-    progress = Progress(first_epoch=1, epochs=2, images=20)
-    assert progress.on_batch is None
-    progress.epoch(row(1, 50.0))
-    progress.epoch(row(2, 51.0))
-    progress.close()
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    assert len(captured.out.splitlines()) == 2
+def test_experiment_imports_nothing_of_the_project_outside_itself():
+    root = Path(folder.__file__).parent
+    project = {path.stem for path in root.parent.iterdir() if path.suffix == ".py"}
+    project |= {path.parent.name for path in root.parent.glob("*/*.py")} - {"experiment"}
+    found = set()
+    for path in root.glob("*.py"):
+        found |= set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
+    assert "torch" in found
+    assert not found & project

@@ -6,9 +6,11 @@ import pytest
 
 import fine_tune_teacher_cifar10 as teacher_script
 import main_train_cifar10 as student_script
-import main_train_imagenet as imagenet_script
+from experiment.folder import FORMAT
+from imagenet import main_train_imagenet as imagenet_script
 
-SHARED = {"batch_size": 128, "momentum": 0.9, "nesterov": False, "stem": "cifar", "seed": 0}
+SHARED = {"batch_size": 128, "momentum": 0.9, "nesterov": False, "seed": 0, "ema": 0}
+SHARED |= {"arch": "resnet18", "stem": "cifar", "augment": "crop", "mixup": 0, "cutmix": 0}
 STUDENT = {
     **SHARED,
     **{"epochs": 50, "optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4, "temperature": 10},
@@ -47,6 +49,18 @@ def test_a_demo_changes_defaults_and_yields_to_flags(script):
     assert (args.stem, args.epochs, args.output) == ("cifar", 7, Path("x.pth"))
 
 
+@pytest.mark.parametrize("script", [teacher_script, student_script])
+def test_help_shows_what_a_demo_changes(script, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    entry = " ".join(re.search(r"\n  --demo.*?\n\n", capsys.readouterr().out, re.S)[0].split())
+    plain, demo = vars(script.parse_args([])), vars(script.parse_args(["--demo"]))
+    changed = {key for key in plain if plain[key] != demo[key]} - {"demo"}
+    assert changed
+    for key in changed:
+        assert f"--{key} {demo[key]}" in entry
+
+
 @pytest.mark.parametrize("script", [teacher_script, student_script, imagenet_script])
 def test_help_shows_every_flag_with_its_default(script, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -65,25 +79,50 @@ def test_help_shows_every_flag_with_its_default(script, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--demo", "--train_on", "noise"], "--demo takes no data: leave --train_on out"),
-        (["--hard_labels", "--standardize_logits"], "--standardize_logits is for distillation"),
+        ("--demo --data_dir mine", "--data_dir needs leaving --demo out"),
+        ("--demo --train_on noise", "--train_on needs leaving --demo out"),
+        ("--demo --skip_bad_images", "--skip_bad_images needs CIFAKE"),
+        ("--train_on real --skip_bad_images", "--skip_bad_images needs CIFAKE"),
+        ("--dataset cifar100 --download_synthetic", "--download_synthetic needs CIFAKE"),
+        ("--hard_labels --temperature 4", "--temperature needs distillation, not --hard_labels"),
+        ("--optimizer adam --momentum 0.8", "--momentum needs --optimizer sgd or muon"),
+        ("--optimizer muon --nesterov", "--nesterov needs --optimizer sgd"),
+        ("--momentum 0 --nesterov", "--nesterov needs a --momentum above 0"),
+        ("--scheduler cosine --milestones 0.1", "--milestones needs --scheduler multistep"),
+        ("--scheduler cosine --gamma 0.2", "--gamma needs --scheduler multistep"),
+        ("--warmup 0.1", "--warmup needs --scheduler linear"),
+        ("--mixup 1 --cutmix 1", "--cutmix needs leaving --mixup out"),
+        ("--sync_bn", "--sync_bn needs torchrun"),
     ],
 )
 def test_flags_that_would_do_nothing_are_refused(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        student_script.parse_args(argv)
+        student_script.parse_args(argv.split())
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    assert capsys.readouterr().err == f"error: {message} (--help lists the flags)\n"
 
 
-def test_a_resumed_run_takes_its_flags_from_the_config(tmp_path):
-    argv = "--demo --epochs 4 --nesterov --milestones 0.3 0.6 --limit 50 --kd_temp 4.5".split()
-    first = student_script.parse_args(argv)
-    config = {"kind": "student", "args": vars(first)}
-    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+def write_config(folder: Path, args: dict, name: str = "student") -> None:
+    config = {"name": name, "format": FORMAT, "args": args}
+    (folder / "config.json").write_text(json.dumps(config, default=str))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--demo --epochs 4 --nesterov --milestones 0.3 0.6 --limit 50 --kd_temp 4.5",
+        "--optimizer muon --scheduler linear --warmup 0.1 --teacher_weights=-t.pth --mixup 0.4",
+        "--hard_labels --train_on noise --teacher_weights a.pth b.pth --ema 0.99",
+    ],
+)
+def test_a_resumed_run_takes_its_flags_from_the_config(argv, tmp_path):
+    first = student_script.parse_args(argv.split())
+    write_config(tmp_path, vars(first))
     again = student_script.parse_args(["--resume", str(tmp_path), "--device", "cuda:1"])
-    changed = {"resume", "device"}
     assert again.resume == tmp_path
     assert again.device == "cuda:1"
-    for key, value in vars(first).items():
-        assert key in changed or getattr(again, key) == value, key
+    expected, found = (
+        {key: value for key, value in vars(args).items() if key not in ("resume", "device")}
+        for args in (first, again)
+    )
+    assert found == expected

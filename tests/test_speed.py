@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine import TrainStep, build_optimizer, build_scheduler, kd_loss
+from engine import TrainStep, kd_loss
 from models import build_model, cast_once
+from optimizers import build_optimizer, build_scheduler
 
 
 def loss_and_gradient(

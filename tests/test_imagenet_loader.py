@@ -1,3 +1,5 @@
+"""Views, batches and the check of the data, against torchvision's and on made images."""
+
 import json
 import os
 import signal
@@ -5,18 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import loader
+import loader as benchmark
 import numpy as np
 import pytest
 import torch
-from conftest import as_rank
+from conftest import REPOSITORY, as_rank
 from PIL import Image
 from torchvision import transforms
+from torchvision.models import ResNet18_Weights
 
-import folders
-from experiment import UserError, seed_everything
-from folders import FolderLoader, check_data, load_class_folders, load_view, middle, random_view
-from listings import ImageFiles, list_images
+from experiment.device import seed_everything
+from experiment.errors import UserError
+from experiment.signals import STOP_SIGNALS
+from imagenet.index import ImageFiles, list_images
+from imagenet.loader import FolderLoader, center_view, check_data, load_view, random_view
 
 SIZE = 32
 
@@ -77,11 +81,11 @@ def test_a_random_view_is_that_of_torchvision():
         assert (view.int() - wanted.int()).abs().max() <= 2  # tensors round unlike PIL
 
 
-def test_the_middle_is_that_of_torchvision():
+def test_the_centre_is_that_of_torchvision():
     image = picture(500, 375)
     reference = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), np.array])
     wanted = torch.from_numpy(reference(image)).permute(2, 0, 1)
-    assert (middle(image, 224).int() - wanted.int()).abs().max() <= 2
+    assert (center_view(image, 224).int() - wanted.int()).abs().max() <= 2
 
 
 def test_decoding_at_reduced_size_is_near_the_full_one(tmp_path):
@@ -129,7 +133,8 @@ def test_training_sees_every_image_at_most_once(files):
 
 def test_batches_are_views_normalised_on_the_device(files):
     images, labels = epoch(files, train=False)[0]
-    mean, std = torch.tensor([folders.MEAN, folders.STD]).view(2, 3, 1, 1)
+    preset = ResNet18_Weights.IMAGENET1K_V1.transforms()
+    mean, std = torch.tensor([preset.mean, preset.std]).view(2, 3, 1, 1)
     views = torch.stack([load_view(files.path(i), SIZE, None) for i in range(24)])
     torch.testing.assert_close(images, (views / 255 - mean) / std)
     assert labels.tolist() == files.labels[:24].tolist()
@@ -202,7 +207,7 @@ def test_ranks_share_the_test(files, monkeypatch):
 
 @pytest.mark.parametrize("mix", ["mixup", "cutmix"])
 def test_a_mix_has_shares_for_labels(files, mix):
-    images, labels = epoch(files, mix=mix)[0]
+    images, labels = epoch(files, **{mix: 1.0})[0]
     assert labels.shape == (24, 20)
     torch.testing.assert_close(labels.sum(1), torch.ones(24))
     assert not images.equal(epoch(files)[0][0])
@@ -257,7 +262,7 @@ def test_an_image_that_is_gone_is_named(files, tmp_path):
         epoch(gone)
 
 
-def test_a_worker_that_is_killed_is_said_so(files):
+def test_a_worker_that_is_killed_is_reported(files):
     loader = FolderLoader(files, 4, "cpu", train=True, workers=1, size=SIZE)
     with pytest.raises(UserError, match="a worker that decodes images was killed"):
         for _ in loader:
@@ -265,15 +270,15 @@ def test_a_worker_that_is_killed_is_said_so(files):
                 os.kill(process.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_to_all_processes_stops_only_the_one_that_saves(made, number):
-    """As from Ctrl-C, or from a cluster: the process ends as it wants to, and soon."""
+    """As from Ctrl-C, or from a cluster: no worker fails first, and the process ends soon."""
     process = subprocess.Popen(
         [sys.executable, "-c", ENDLESS, str(made), str(int(number))],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(folders.__file__).parent,
+        cwd=REPOSITORY,
         start_new_session=True,
     )
     assert process.stdout.readline() == "first batch\n"
@@ -285,19 +290,19 @@ def test_a_signal_to_all_processes_stops_only_the_one_that_saves(made, number):
 
 ENDLESS = """
 import signal, sys
-from experiment import Stopped, one_line_errors
-from folders import FolderLoader
-from listings import list_images
+from experiment.errors import Stopped, one_line_errors
+from imagenet.index import list_images
+from imagenet.loader import FolderLoader
 
 def stop(number, frame):
     raise Stopped(number, "saved")
 
-signal.signal(int(sys.argv[2]), stop)
 with one_line_errors():
     loader = FolderLoader(list_images(sys.argv[1], 20), 8, "cpu", train=True, workers=2)
     while True:
         for i, _ in enumerate(loader):
-            if i == 0:
+            if i == 0:  # as in a run: the workers of the test are there before its handlers
+                signal.signal(int(sys.argv[2]), stop)
                 print("first batch", flush=True)
                 signal.pause()
 """
@@ -309,9 +314,9 @@ with one_line_errors():
 def test_the_report_of_a_good_set(files, made):
     report = check_data(files, sample=50)
     assert f"{made}: 120 images of 20 of 20 classes, 6 to 6 a class\n" in report
-    assert "of 50 looked at: 50 JPEG RGB; 3 sizes, mostly " in report
-    assert "0 of one colour" in report
-    assert "kB each, 0.00 GB in all; a core makes" in report
+    assert "of 50 looked at: 50 JPEG RGB; " in report
+    assert "x72 pixels; 0 of one colour" in report
+    assert "kB each, 0.00 GB in all; one core makes" in report
 
 
 def test_the_report_counts_what_is_missing(tmp_path):
@@ -320,7 +325,7 @@ def test_the_report_counts_what_is_missing(tmp_path):
         Image.new("RGB", (40, 30)).save(tmp_path / f"{i}_x" / "a.png")
     report = check_data(list_images(tmp_path, 20))
     assert "2 images of 2 of 20 classes, 0 to 1 a class" in report
-    assert "2 PNG RGB; 1 sizes, mostly 40x30; 2 of one colour" in report
+    assert "2 PNG RGB; 2 of 40x30 pixels; 2 of one colour" in report
 
 
 def test_broken_images_are_counted_and_the_first_is_named(broken):
@@ -328,30 +333,17 @@ def test_broken_images_are_counted_and_the_first_is_named(broken):
         check_data(broken)
 
 
-# -------------------------------------------------------------------------------------- CIFAR-100
+# --------------------------------------------------------------------------------------- benchmark
 
 
-def test_class_folders_fit_in_memory(made, tmp_path):
-    classes = [f"kind_{chr(97 + i)}" for i in range(20)]
-    for name in ("kind_c", "kind_a"):
-        (tmp_path / name).mkdir()
-        picture(64, 64).save(tmp_path / name / "0.png")
-    images = load_class_folders(tmp_path, tuple(classes))
-    assert images.images.shape == (2, 3, 32, 32)
-    assert images.labels.tolist() == [0, 2]
-    assert images.classes == tuple(classes)
-    assert load_class_folders(made, tuple(classes), limit=20).labels.tolist() == list(range(20))
-    (tmp_path / "kind_z").mkdir()
-    with pytest.raises(UserError, match="kind_z: none of the 20 classes"):
-        load_class_folders(tmp_path, tuple(classes))
-
-
-def test_the_benchmark_runs(tmp_path, capsys):
-    sizes = "--images 40 --turns 1 --workers 0 1 --train_rate 5000 --device cpu".split()
+def test_the_benchmark_compares_and_names_the_bottleneck(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "SIZES", {"80x60": (80, 60, 90)})
+    monkeypatch.setattr(benchmark, "VIEWS", 3)
+    flags = "--images 40 --turns 1 --workers 0 1 --train_rate 1e9 --device cpu".split()
     threads = torch.get_num_threads()
-    loader.main(loader.parse_args([*sizes, "--output", str(tmp_path)]))
+    benchmark.main(benchmark.parse_args([*flags, "--output", str(tmp_path)]))
     torch.set_num_threads(threads)
     printed = capsys.readouterr().out
     assert "the bottleneck is the loader with [0, 1] workers, else training" in printed
     result = json.loads((tmp_path / "cpu.json").read_text())
-    assert [row["workers"] for row in result["sizes"]["500x375"]["loaders"]] == [0, 1]
+    assert [row["workers"] for row in result["sizes"]["80x60"]["loaders"]] == [0, 1]

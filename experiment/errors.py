@@ -1,0 +1,66 @@
+"""Errors that a user can put right: one line on stderr and an exit code, without a traceback."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import torch
+
+from experiment import parallel
+from experiment.streams import steady_output
+
+
+class UserError(Exception):
+    """Something that the user can put right; its message is shown as one line."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal stopped the run; `number` is the signal's."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn UserError, OSError and lack of memory into one line on stderr and exit code 1.
+
+    In the block, output that cannot be written is dropped: see experiment.streams.
+    """
+    if problem := parallel.environment_problem():
+        sys.exit(f"error: {problem}")
+    with steady_output():
+        try:
+            yield
+        except (UserError, OSError) as error:
+            _exit(str(error))
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            _exit_for_memory(error)
+        except Stopped as stop:
+            if parallel.is_rank_zero():
+                sys.stderr.write(f"\n{stop}\n")
+            sys.exit(128 + stop.number)
+        except RuntimeError as error:
+            if "can't allocate memory" in str(error):  # of the CPU's allocator
+                _exit_for_memory(error)
+            if not parallel.is_lost_rank(error):
+                raise
+            _exit("another process of this job has died")
+        except KeyboardInterrupt:
+            sys.stderr.write("\ninterrupted\n")
+            sys.exit(130)
+
+
+def _exit_for_memory(error: Exception) -> NoReturn:
+    first = [*str(error).splitlines(), "out of memory."][0]
+    _exit(f"{first} Try a smaller --batch_size.")
+
+
+def _exit(message: str) -> NoReturn:
+    if not parallel.is_rank_zero():
+        time.sleep(5)  # rank 0 most likely reports the same, and torchrun then ends this process
+        message = f"rank {parallel.rank()}: {message}"
+    sys.exit("error: " + " ".join(message.split()))

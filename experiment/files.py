@@ -1,0 +1,147 @@
+"""Files that are either whole or not there: atomic writes, safe loads, nothing overwritten."""
+
+import io
+import itertools
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from experiment.errors import UserError
+
+
+@contextmanager
+def temporary_beside(path: Path) -> Iterator[BinaryIO]:
+    """A private file in the folder of `path`, which is removed when the block ends.
+
+    It is for `os.replace` or `os.link` inside the block, after `_finish`. Errors: UserError.
+    """
+    name = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=".", suffix=".tmp", delete=False
+        ) as file:
+            name = file.name
+            yield file
+    except OSError as error:  # a full disk, say, whose error names no file
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        if name is not None:
+            Path(name).unlink(missing_ok=True)
+
+
+def _finish(file: BinaryIO) -> None:
+    """Bring the file to the disk, with the permissions that `open` would have given it."""
+    file.flush()
+    os.fsync(file.fileno())
+    umask = os.umask(0)
+    os.umask(umask)
+    with suppress(OSError):  # some file systems have no permissions
+        os.chmod(file.name, 0o666 & ~umask)
+    file.close()
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Write to a temporary file, flush it to the disk, move it to `path`: never half a file."""
+    with temporary_beside(path) as file:
+        yield file
+        _finish(file)
+        os.replace(file.name, path)
+
+
+def save(path: Path, state: dict) -> None:
+    """`torch.save`, atomically. Errors: UserError."""
+    with atomic_write(path) as file:
+        file.write(_serialised(state))
+
+
+def save_without_overwriting(path: Path, state: dict) -> Path | None:
+    """`save`; a file that is at `path` already is renamed to name.001.pth, or the next free number.
+
+    Returns its new name. The new file is complete before the old one moves, and of several
+    processes that write to one path none loses its file, if the file system has hard links. Errors:
+    UserError.
+    """
+    kept = None
+    with temporary_beside(path) as file:
+        file.write(_serialised(state))
+        _finish(file)
+        while True:
+            try:
+                os.link(file.name, path)  # fails if there is a file by now, as no rename does
+                return kept
+            except FileExistsError:
+                kept = _set_aside(path) or kept
+            except OSError:  # a file system without hard links
+                if os.path.lexists(path):
+                    kept = _set_aside(path) or kept
+                os.replace(file.name, path)
+                return kept
+
+
+def _set_aside(path: Path) -> Path | None:
+    """Rename `path` to name.001.pth, or the next free number; None if another process has."""
+    for number in itertools.count(1):
+        free = path.with_name(f"{path.stem}.{number:03d}{path.suffix}")
+        try:
+            free.touch(exist_ok=False)  # claims the name: a rename would replace a file
+        except FileExistsError:
+            continue
+        try:
+            os.replace(path, free)
+            return free
+        except FileNotFoundError:
+            free.unlink()
+            return None
+        except BaseException:
+            free.unlink()
+            raise
+
+
+def _serialised(state: dict) -> memoryview:
+    buffer = io.BytesIO()  # writing to a file, torch.save hides that the disk is full
+    torch.save(state, buffer)
+    return buffer.getbuffer()
+
+
+def load(path: str | Path) -> dict:
+    """Load on the CPU what `save` wrote, without ever running code from it. Errors: UserError."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no weight file {path}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an odd file, which is refused below if it is bad
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises nearly anything on a broken or hostile file
+        kind = type(error).__name__
+        raise UserError(f"{path} is not a weight file, or not a safe one ({kind})") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds no network: there is no state dict in it")
+    return state
+
+
+def cloned(state):
+    """A copy of nested dicts, lists and tensors, each tensor on its own device."""
+    return _map_tensors(state, lambda tensor: tensor.detach().clone())
+
+
+def to_cpu(state):
+    """Nested dicts, lists and tensors with all tensors on the CPU."""
+    return _map_tensors(state, lambda tensor: tensor.detach().cpu())
+
+
+def _map_tensors(state, change):
+    if isinstance(state, Tensor):
+        return change(state)
+    if isinstance(state, dict):
+        return {key: _map_tensors(value, change) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [_map_tensors(value, change) for value in state]
+    return state

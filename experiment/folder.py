@@ -1,0 +1,237 @@
+"""The files and the rules of a run's folder, and where its numbers come from."""
+
+import csv
+import io
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+import torch
+import torchvision
+
+from experiment import flags, parallel
+from experiment.device import hardware
+from experiment.errors import UserError
+from experiment.files import atomic_write, load
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder go unnoticed there
+    fcntl = None
+
+FORMAT = 2  # of config.json and last.pt
+LOCK = ".lock"
+# Files that a run writes into its folder, beside those with a suffix that no network has.
+CHECKPOINTS = ("last.pt", "best.pt", LOCK)
+OTHER_SUFFIXES = (".json", ".csv", ".png", ".npz", ".tmp")
+LONGEST_NAME = 255 - len(".001")  # bytes, for a file that may have to be renamed to name.001.pth
+# Where things are, and what computes them; what is computed stays when a run is resumed.
+MAY_CHANGE_ON_RESUME = (
+    *("resume", "output", "data_dir", "synthetic_data_dir", "val_dir", "teacher_weights", "init"),
+    *("label_file", "device", "no_cuda_graph", "workers"),
+)
+
+
+def parse_args(
+    parser: flags.Parser, argv: Sequence[str] | None, name: str, demo: dict | None = None
+) -> Namespace:
+    """Parse `argv`; with --resume, the flags are those of the stopped run.
+
+    `name` is what the script makes, such as "teacher". Flags that would make the resumed run
+    another one are refused. Errors: UserError when there is no such run.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    given = parser.parse_args(argv)
+    if given.resume is None:
+        args = flags.parse(parser, argv, demo)
+        if args.run_dir is not None and parallel.is_rank_zero():
+            refuse_if_used(args.run_dir)
+        return args
+    if given.run_dir is not None:
+        parser.error("a resumed run continues in its own folder: leave --run_dir out")
+    config = read_config(given.resume)
+    if config.get("name") != name:
+        raise UserError(f"{given.resume} is the run of a {config.get('name')}, not of a {name}")
+    stored = flags.as_tokens(config["args"])
+    parser.source = f"{given.resume / 'config.json'}: "
+    before = flags.parse(parser, stored, demo)
+    parser.source = ""
+    args = flags.parse(parser, [*stored, *argv], demo)
+    for key, value in vars(args).items():
+        was = getattr(before, key)
+        if value != was and key not in MAY_CHANGE_ON_RESUME:
+            parser.error(f"{args.resume} was started with --{key} {was}: --resume cannot change it")
+    return args
+
+
+def is_new(args: Namespace) -> bool:
+    """Whether training starts from initial weights, and not from those of a last.pt."""
+    return args.resume is None or not (args.resume / "last.pt").exists()
+
+
+def read_config(folder: Path) -> dict:
+    """The config.json of a run. Errors: UserError when `folder` is not one, or an older one."""
+    path = folder / "config.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+        config = json.loads(text, parse_constant=_refuse)
+        if not isinstance(config["args"], dict) or "\\u0000" in text:  # which ends a file name in C
+            raise ValueError
+        json.dumps(config, ensure_ascii=False).encode("utf-8", "surrogateescape")
+        made_by = config.get("format", 1)
+    except OSError as error:
+        raise UserError(f"{folder} is not a run: it has no config.json that can be read") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is not the config.json of a run") from error
+    if made_by != FORMAT:
+        raise UserError(
+            f"{path} has the format {made_by} of another version, this one's is {FORMAT}: use the "
+            f"commit that made it, {config.get('git_commit', 'which it names')}"
+        )
+    return config
+
+
+def _refuse(constant: str) -> NoReturn:  # NaN and Infinity, which are no JSON
+    raise ValueError(constant)
+
+
+def check_parts(config: dict, folder: Path) -> None:
+    """Errors: UserError if a config.json lacks what a resumed run reads beside its flags."""
+    try:
+        seconds = [part.get("seconds", 0) for part in config["parts"]]
+        names = [part[key] for part in config["parts"] for key in ("precision", "hardware")]
+        texts = [config["run_id"], *names]
+        if not (seconds and math.isfinite(sum(seconds)) and all(isinstance(t, str) for t in texts)):
+            raise ValueError
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise UserError(f"{folder / 'config.json'} is not the config.json of a run") from error
+
+
+def write_config(folder: Path, config: dict) -> None:
+    """Write config.json. Errors: UserError."""
+    with atomic_write(folder / "config.json") as file:
+        file.write((json.dumps(config, indent=2, default=str) + "\n").encode())
+
+
+def write_metrics(folder: Path, history: list[dict[str, float]]) -> None:
+    """Write metrics.csv, a line for each row. Errors: UserError."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, history[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: f"{x:.7g}" for key, x in row.items()} for row in history)
+    with atomic_write(folder / "metrics.csv") as file:
+        file.write(text.getvalue().encode())
+
+
+def checked_history(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The rows of a last.pt. Errors: nearly any, if they are not what `write_metrics` takes."""
+    for number, row in enumerate(history, start=1):
+        if row["epoch"] != number or not math.isfinite(sum(row.values())):
+            raise ValueError(f"row {number} of the history is {row}")
+    if not history or any(row.keys() != history[0].keys() for row in history):
+        raise ValueError("the history has no rows, or not the same columns in all")
+    return history
+
+
+def claim_folder(run_dir: Path | None, name: str, output: Path) -> Path:
+    """Make the folder of a new run: `run_dir`, or the next of runs/NAME-001, runs/NAME-002, ...
+
+    Errors: UserError, before anything is made, when it is used or `output` cannot be written.
+    """
+    while True:
+        folder = run_dir or _next_folder(name)
+        refuse_if_used(folder)
+        check_output(output, folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=run_dir is not None)
+            return folder
+        except FileExistsError:
+            if not folder.is_dir():
+                raise
+            # another run has just taken that number
+
+
+def _next_folder(name: str) -> Path:
+    taken = [path.name.rpartition("-")[2] for path in Path("runs").glob(f"{name}-*")]
+    number = 1 + max((int(end) for end in taken if end.isdecimal()), default=0)
+    return Path("runs", f"{name}-{number:03d}")
+
+
+def refuse_if_used(folder: Path) -> None:
+    """Errors: UserError when there is anything in the folder of a run that is to be new."""
+    if folder.is_dir():
+        names = [path.name for path in folder.iterdir()]
+        if any(name != LOCK and not name.endswith(".tmp") for name in names):
+            raise UserError(f"{folder} is not empty: name a new folder, or --resume {folder}")
+
+
+def check_output(path: Path, folder: Path) -> None:
+    """Errors: UserError if the run in `folder` cannot write its network to --output `path`."""
+    real, run = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    parent = next(above for above in real.parents if above.exists())
+    name = path.name.casefold()  # some file systems do not tell LAST.PT from last.pt
+    in_a_run = real.parent == run or (real.parent / "config.json").exists()
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        problem = f"its name is longer than {LONGEST_NAME} bytes"
+    elif (path.exists() and not path.is_file()) or real in (run, *run.parents):
+        problem = "it is not a regular file"
+    elif in_a_run and (name in CHECKPOINTS or name.endswith(OTHER_SUFFIXES)):
+        problem = "a run writes a file of that name there itself"
+    elif not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        problem = f"{parent} is not a folder that can be written to"
+    else:
+        return
+    raise UserError(f"--output {path} cannot be written: {problem}")
+
+
+def made_by(path: Path) -> str | None:
+    """The run_id of the run that wrote the weight file `path`; None if there is no such file."""
+    try:
+        return load(path).get("run_id")
+    except UserError:
+        return None
+
+
+def lock(folder: Path) -> BinaryIO:
+    """Keep other processes out of `folder` while the file is open: until this process is gone."""
+    file = open(folder / LOCK, "ab")  # noqa: SIM115
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(f"{folder} is in use: another process is at work on this run") from error
+    except OSError:  # some network file systems have no locks
+        pass
+    return file
+
+
+def provenance(device: torch.device, amp: torch.dtype | None) -> dict:
+    """Where numbers come from: command, time, commit, versions, hardware and precision."""
+    git = "git describe --always --dirty --abbrev=12 --exclude=*".split()
+    try:
+        here = Path(__file__).parent
+        done = subprocess.run(git, cwd=here, capture_output=True, text=True, check=True)
+        commit = done.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git here, or a copy without its history
+        commit = None
+    return {
+        "from_epoch": 1,
+        "command": shlex.join([*parallel.launcher().split(), *sys.argv]),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "git_commit": commit,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "hardware": hardware(device),
+        "precision": "float32" if amp is None else str(amp).removeprefix("torch."),
+    }

@@ -1,0 +1,162 @@
+"""Data parallelism with torchrun: `torchrun --nproc_per_node=8 main_train_cifar10.py ...`.
+
+torchrun starts one process, a rank, for each GPU
+(https://docs.pytorch.org/docs/stable/elastic/run.html). All ranks run the same script with the same
+seeds; each trains on its slice of every batch, and gradients are averaged. Rank 0 alone prints and
+writes. With plain `python` there is one rank, and everything here is a no-op.
+"""
+
+import atexit
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+TORCHRUN_SETS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def rank() -> int:
+    """The number of this process in its job, from 0."""
+    return int(os.environ.get("RANK") or 0)
+
+
+def world_size() -> int:
+    """How many processes the job has."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def local_rank() -> int:
+    """The number of this process on its machine, from 0: that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK") or 0)
+
+
+def environment_problem() -> str | None:
+    """What is wrong with the variables that torchrun sets, as a cluster's shell may set some."""
+    given = {name: os.environ.get(name, "") for name in TORCHRUN_SETS}
+    if given["WORLD_SIZE"] in ("", "1") and given["RANK"] in ("", "0"):
+        return None  # one process, whatever the others are
+    missing = [name for name, value in given.items() if not value]
+    numbers = [given[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    if missing:
+        problem = f"lacks {', '.join(missing)}"
+    elif not all(text.isdecimal() for text in numbers) or int(numbers[0]) >= int(numbers[1]):
+        problem = "names no rank of a job"
+    else:
+        return None
+    found = " ".join(f"{name}={value}" for name, value in given.items() if value)
+    return f"the environment {problem}: {found}. Start with torchrun, or unset RANK and WORLD_SIZE"
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return rank() == 0
+
+
+def launcher() -> str:
+    """`python`, or `torchrun --nproc_per_node=N`: what starts a job of this size."""
+    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return "python" if world_size() == 1 else f"torchrun --nproc_per_node={here}"
+
+
+def init_process_group(device: torch.device) -> None:
+    """Join the other ranks: over NCCL where `device` is a GPU, else over gloo."""
+    if world_size() == 1:
+        return
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    atexit.register(_stop)
+    if not is_rank_zero():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def distribute(model: nn.Module, sync_batchnorm: bool = False) -> nn.Module:
+    """Wrap `model` in DistributedDataParallel; returns `model` itself on one process.
+
+    The wrapper is what training calls; `model` stays what is saved and tested. BatchNorm uses the
+    statistics of each rank's own slice of the batch or, with `sync_batchnorm`, of the whole batch.
+    """
+    if world_size() == 1:
+        return model
+    if sync_batchnorm:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.15 renames broadcast_buffers
+        return DistributedDataParallel(model, broadcast_buffers=False)
+
+
+@contextmanager
+def rank_zero_first() -> Iterator[None]:
+    """Rank 0 runs the block before the others do, which then find what it has downloaded.
+
+    The other ranks have to share a disk with it.
+    """
+    if world_size() > 1 and not is_rank_zero():
+        dist.barrier()
+    yield
+    if world_size() > 1 and is_rank_zero():
+        dist.barrier()
+
+
+@torch.no_grad()
+def average_buffers(models: Iterable[nn.Module]) -> None:
+    """Average BatchNorm's running statistics over the ranks, each of which saw other images."""
+    if world_size() == 1:
+        return
+    for model in dict.fromkeys(models):  # a network may come twice
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= world_size()
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """The sum of `values` over the ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def broadcast(value: object) -> object:
+    """Rank 0's `value`, which can be any object that pickles, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def rank_slice(n: int) -> slice:
+    """This rank's rows of n: consecutive, and as many as another's, or one more."""
+    return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
+
+
+def gather_rows(own: Tensor, n: int) -> Tensor:
+    """All n rows on every rank, of which each has computed its `rank_slice`."""
+    if world_size() == 1:
+        return own
+    rows = own.new_zeros(n, *own.shape[1:])
+    rows[rank_slice(n)] = own
+    return all_reduce_sum(rows)
+
+
+def is_lost_rank(error: BaseException | None) -> bool:
+    """Whether `error` is how the death of another rank shows in this one."""
+    signs = ("gloo", "nccl", "peer", "tcpstore")
+    return (
+        world_size() > 1
+        and isinstance(error, RuntimeError)
+        and any(sign in str(error).lower() for sign in signs)
+    )

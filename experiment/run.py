@@ -1,0 +1,330 @@
+"""The folder of a run, and what every run does: restore, seed, time, save, report, export.
+
+runs/student-001/
+    config.json    every flag, and for every part of the run its command, git commit, versions,
+                   hardware, precision and seconds
+    metrics.csv    one row an epoch
+    last.pt        the network of the last finished epoch, and the state of the training
+    best.pt        the network of the best epoch on the test set: only to compare with papers
+    *.png          the plots
+"""
+
+import math
+import shlex
+import sys
+import time
+import uuid
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from experiment import parallel
+from experiment.device import seed_everything
+from experiment.errors import Stopped, UserError
+from experiment.files import cloned, load, save, save_without_overwriting, to_cpu
+from experiment.folder import (
+    FORMAT,
+    check_output,
+    check_parts,
+    checked_history,
+    claim_folder,
+    lock,
+    made_by,
+    provenance,
+    read_config,
+    refuse_if_used,
+    write_config,
+    write_metrics,
+)
+from experiment.progress import Progress
+from experiment.signals import StopSignals
+
+SAVE_EVERY = 60.0  # seconds: on a GPU, writing 135 MB can take longer than an epoch
+IMPORTED = time.perf_counter()  # about when the script started
+
+
+class Run:
+    """One run and its folder, described at the top of this file.
+
+        with Run(args, "student", state, about, device, amp, must_match) as run:
+            for epoch in run.epochs():
+                ...
+                run.log({"train_loss": ..., "test_loss": ..., "test_accuracy": ...})
+            run.finish()
+
+    `state` names all that training changes, each with a state_dict: "model", which is exported,
+    "optimizer", "scheduler" and what else there is. `about` is stored with the model's weights in
+    every checkpoint, for the network to be built again. `must_match` is what has to be the same
+    when the run is resumed, such as the number of images; it goes to config.json, as do `args` and
+    `extra`. `on_save(folder)` draws the plots. `metric` names the column whose best row is kept in
+    best.pt; None for no such row. Of `args`, these are read here: epochs, seed, demo, run_dir,
+    resume and output.
+
+    Every epoch the state is copied, and written at most every SAVE_EVERY seconds; leaving the
+    `with` block, also by SIGINT, SIGTERM or SIGHUP, writes the last copy. The history is kept in
+    last.pt, and metrics.csv is written from it: they cannot disagree. In a job of several ranks,
+    rank 0 alone touches the folder. Errors: UserError, OSError.
+    """
+
+    def __init__(
+        self,
+        args: Namespace,
+        name: str,
+        state: dict,
+        about: dict,
+        device: torch.device,
+        amp: torch.dtype | None,
+        must_match: dict,
+        on_save: Callable[[Path], None] | None = None,
+        metric: str | None = "test_accuracy",
+        **extra,
+    ) -> None:
+        self.args, self.about, self.on_save, self.metric = args, about, on_save, metric
+        model = state["model"]  # which may be there under a second name
+        self.state = {k: part for k, part in state.items() if k == "model" or part is not model}
+        self.history: list[dict[str, float]] = []
+        self.pending: dict[str, dict] = {}  # what is to be written, by file name
+        self.saved_at = -math.inf
+        self.progress: Progress | None = None
+        self.signals = StopSignals(self._stop)
+        self.folder, self.output = args.resume or args.run_dir, args.output
+        if not parallel.is_rank_zero():
+            return
+        part = self.part = provenance(device, amp)
+        if args.resume:
+            self._open(must_match)
+        else:
+            self._create(f"demo/{name}" if args.demo else name)
+            self.config = {"name": name, "format": FORMAT, "run_id": uuid.uuid4().hex}
+            self.config |= {**must_match, **extra, "args": vars(args), "parts": [part]}
+            self._write_config()
+        print(f"run: {self.folder} on {part['hardware']}, {part['precision']}", flush=True)
+        print(f"to resume it after a stop: {self._resume_command()}", flush=True)
+
+    def _create(self, name: str) -> None:
+        """A new folder, of which this process has the lock."""
+        self.folder = claim_folder(self.args.run_dir, name, self.output)
+        self.lock = lock(self.folder)
+        refuse_if_used(self.folder)  # of two runs that start at once, one ends here
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+
+    def _open(self, must_match: dict) -> None:
+        """The folder of the run that is resumed."""
+        self.config = read_config(self.folder)
+        check_parts(self.config, self.folder)
+        check_output(self.output, self.folder)
+        self.lock = lock(self.folder)
+        for key, value in must_match.items():
+            was = self.config.get(key)
+            if was != value:
+                raise UserError(f"{self.folder} cannot be resumed: {key} was {was}, is {value}")
+        before, now = self.config["parts"][-1]["precision"], self.part["precision"]
+        if before != now:
+            print(f"note: so far this run was in {before}; now it is in {now}")
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+
+    # ------------------------------------------------------------------------------- the epochs
+
+    def epochs(self) -> Iterator[int]:
+        """Every epoch that is still to train, counted from 1, after restoring what was saved.
+
+        The random numbers of each come from (seed, epoch).
+        """
+        self._restore()
+        self.progress = Progress(len(self.history), self.args.epochs)
+        self.began = time.perf_counter()
+        for epoch in range(len(self.history) + 1, self.args.epochs + 1):
+            self.epoch, self.lr = epoch, float(self.state["scheduler"].get_last_lr()[0])
+            seed_everything(self.args.seed, epoch)
+            yield epoch
+        self.progress.close()
+
+    def on_batch(self, fraction: float, loss: Tensor) -> None:
+        """Show that this fraction of the epoch is done."""
+        self.progress.on_batch(fraction, loss)
+
+    def log(self, row: dict[str, float]) -> None:
+        """End the epoch: a row of metrics.csv, the checkpoint, now and then plots, a printed line.
+
+        `row` gets the epoch, the learning rate it began with, and its seconds, which include what
+        the epoch before took to be saved and drawn. Errors: UserError if a number is not finite.
+        """
+        row = {"epoch": self.epoch, "lr": self.lr, **row}
+        self._check(row)
+        now = time.perf_counter()
+        row["seconds"], self.began = now - self.began, now
+        with self.signals.held():  # history, files and screen agree again at its end
+            self.history.append(row)
+            if parallel.is_rank_zero():
+                self._keep()
+                if time.monotonic() - self.saved_at >= SAVE_EVERY:
+                    self.flush()
+            self.progress.show(row)
+
+    def finish(self) -> None:
+        """Print the result and export the network of the last epoch, on rank 0."""
+        if not parallel.is_rank_zero():
+            return
+        self._write()
+        self._draw()  # now with what the script has written at the end
+        if self.metric:
+            last, best = self.history[-1], self.best
+            print(
+                f"final  {last[self.metric]:.2f} % on the test set, epoch {last['epoch']}\n"
+                f"best   {best[self.metric]:.2f} %, epoch {best['epoch']}: picked on the test set, "
+                "only to compare"
+            )
+        kept = self._export()
+        seconds = sum(part.get("seconds", 0) for part in self.config["parts"])
+        minutes, seconds = divmod(round(seconds), 60)
+        where = " / ".join(dict.fromkeys(part["hardware"] for part in self.config["parts"]))
+        print(f"time   {minutes} min {seconds} s on {where}")
+        print(f"saved  {self.output}")
+        if kept:
+            print(f"kept   {kept}, the former {self.output.name}")
+        print(f"plots  {self.folder}", flush=True)
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The first row with the highest `metric`. It is reported, and decides nothing."""
+        return max(self.history, key=lambda row: row[self.metric])
+
+    def _check(self, row: dict[str, float]) -> None:
+        weights = self.state["model"].state_dict().values()
+        if not torch.stack([weight.isfinite().all() for weight in weights]).all():
+            problem = "the network holds a weight that is not finite"
+        elif bad := [key for key, value in row.items() if not math.isfinite(value)]:
+            problem = f"its {bad[0]} is {row[bad[0]]}"
+        else:
+            return
+        raise UserError(
+            f"stopped after epoch {row['epoch']}: {problem}. A too high --lr is the likely cause; "
+            f"{self.folder} keeps the epochs before it"
+        )
+
+    # --------------------------------------------------------------------------------- the files
+
+    def _restore(self) -> None:
+        """Load last.pt, if there is one yet, and begin a new part of a resumed run."""
+        path = Path(self.folder or "", "last.pt")
+        found = parallel.is_rank_zero() and path.exists()
+        saved = parallel.broadcast(load(path) if found else None)
+        if saved is not None:
+            if parallel.is_rank_zero() and saved.get("run_id") != self.config["run_id"]:
+                raise UserError(f"{path} is not the checkpoint of this run")
+            try:
+                self._load(saved)
+            except Exception as error:  # a file that was tampered with can raise nearly anything
+                raise UserError(f"{path} is not the checkpoint of this run") from error
+        if parallel.is_rank_zero() and self.args.resume:
+            self.part["from_epoch"] = len(self.history) + 1
+            self.config["parts"].append(self.part)
+            if self.history:
+                write_metrics(self.folder, self.history)
+            self._write_config()
+
+    def _load(self, saved: dict) -> None:
+        for key, part in self.state.items():
+            loaded = saved[key]
+            if key == "optimizer":  # its options stay: what is fused depends on the device
+                loaded = {**part.state_dict(), "state": loaded["state"]}
+            part.load_state_dict(loaded)
+        optimizer, scheduler = self.state["optimizer"], self.state["scheduler"]
+        for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = float(lr)
+        self.history = checked_history(saved["history"])
+
+    def _keep(self) -> None:
+        """Copy the state, on its device, for the next writing."""
+        state = {key: part.state_dict() for key, part in self.state.items()}
+        last = {**self._checkpoint(), **cloned(state), "history": list(self.history)}
+        self.pending["last.pt"] = last
+        if self.metric and self.best is self.history[-1]:
+            self.pending["best.pt"] = {**self._checkpoint(), "model": last["model"]}
+
+    def _checkpoint(self) -> dict:
+        parts = {key: self.config[key] for key in ("run_id", "parts")}
+        provenance = {"run": str(self.folder), **self.history[-1], **parts}
+        return {**self.about, "run_id": self.config["run_id"], "provenance": provenance}
+
+    def flush(self) -> None:
+        """Write what is pending, and draw the plots."""
+        if self._write():
+            self._draw()
+
+    def _write(self) -> bool:
+        """Write what is pending; returns whether that was a new epoch."""
+        self._stamp()
+        new = "last.pt" in self.pending
+        for name in sorted(self.pending):  # best.pt before last.pt: a killed run repeats the epoch
+            save(self.folder / name, to_cpu(self.pending[name]))
+            del self.pending[name]  # not before: a signal may come in between
+            if name == "last.pt":
+                write_metrics(self.folder, self.history)
+                self._write_config()
+        self.saved_at = time.monotonic()
+        return new
+
+    def _draw(self) -> None:
+        if self.on_save:
+            try:
+                self.on_save(self.folder)
+            except UserError as error:  # the training is worth more than its plots
+                print(f"note: no plots were drawn: {error}", flush=True)
+
+    def _export(self) -> Path | None:
+        """Write the network to --output; returns the new name of another one that was there."""
+        kept = None
+        with self.signals.held():  # until the file stands
+            self._stamp()
+            state = {**self._checkpoint(), "model": to_cpu(self.state["model"].state_dict())}
+            if made_by(self.output) == self.config["run_id"]:  # which was finished before
+                save(self.output, state)
+            else:
+                kept = save_without_overwriting(self.output, state)
+            self._write_config()
+        return kept
+
+    def _stamp(self) -> None:
+        """Note the seconds of this part of the run, from the start of the script."""
+        self.part["seconds"] = round(time.perf_counter() - IMPORTED, 1)
+
+    def _write_config(self) -> None:
+        self._stamp()
+        write_config(self.folder, self.config)
+
+    def __enter__(self) -> "Run":
+        self.signals.install()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self.signals.holding = True  # no signal interrupts the last writing
+        try:
+            if self.progress:  # else it has not begun
+                self.progress.close()
+            if self.progress and parallel.is_rank_zero():
+                self.flush()
+                self._write_config()
+        finally:
+            self.signals.restore()
+            if parallel.is_rank_zero():
+                self.lock.close()
+        if parallel.is_rank_zero() and parallel.is_lost_rank(error):
+            raise UserError(
+                f"another process of this job has died; resume with {self._resume_command()}"
+            ) from error
+        if error is None and self.signals.received:
+            self._stop(self.signals.received)
+
+    def _stop(self, number: int) -> NoReturn:
+        message = f"stopped after epoch {len(self.history)} of {self.args.epochs}"
+        if parallel.is_rank_zero():
+            message += f"; resume with\n{self._resume_command()}"
+        raise Stopped(number, message)
+
+    def _resume_command(self) -> str:
+        return f"{parallel.launcher()} {shlex.join([sys.argv[0], '--resume', str(self.folder)])}"

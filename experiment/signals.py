@@ -1,0 +1,60 @@
+"""SIGINT, SIGTERM and SIGHUP stop a run, but never in the middle of something."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from experiment import parallel
+
+# SIGHUP: the terminal, or the connection to it, is closed. Windows has no such signal.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+
+
+class StopSignals:
+    """Calls `stop(number)`, which raises, when a signal arrives; after the block, if in `held()`.
+
+    The second signal ends the process at once.
+    """
+
+    def __init__(self, stop: Callable[[int], None]) -> None:
+        self.stop = stop
+        self.received: int | None = None
+        self.holding = False
+        self.handlers: dict[int, object] = {}
+
+    def install(self) -> None:
+        """Take over from the handlers that are in place."""
+        for number in STOP_SIGNALS:
+            handler = signal.getsignal(number)
+            if handler is signal.SIG_IGN and number != signal.SIGINT:
+                continue  # nohup ignores SIGHUP; every background job of a script ignores SIGINT
+            self.handlers[number] = signal.SIG_DFL if handler is None else handler
+            signal.signal(number, self._on_signal)
+
+    def restore(self) -> None:
+        """Put the former handlers back."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A block that no signal interrupts: one that arrives in it stops the run at its end."""
+        before, self.holding = self.holding, True
+        try:
+            yield
+        finally:
+            self.holding = before
+        if self.received and not self.holding:
+            self.stop(self.received)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if parallel.world_size() == 1:
+            self.restore()
+        else:
+            for other in self.handlers:  # torchrun sends a second one at once, and kills later
+                signal.signal(other, signal.SIG_IGN)
+        self.received = number
+        if not self.holding:
+            self.stop(number)

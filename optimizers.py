@@ -1,0 +1,189 @@
+"""The optimizers, the learning-rate schedules and the moving average of the weights."""
+
+import copy
+import math
+from argparse import Namespace
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from experiment.device import has_bfloat16
+
+# ------------------------------------------------------------------------------------- optimizers
+
+
+def build_optimizer(model: nn.Module, args: Namespace) -> Optimizer:
+    """SGD, Adam or Muon, from `optimizer`, `lr`, `momentum`, `nesterov`, `weight_decay` of `args`.
+
+    On CUDA the update of SGD and Adam is one fused kernel; on a CPU the plain loop is the fastest.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if args.optimizer == "muon":
+        return Muon(parameters, args.lr, args.momentum, args.weight_decay)
+    cuda = parameters[0].is_cuda
+    options = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": cuda}
+    if args.optimizer == "adam":  # capturable: it counts its steps on the device, for a CUDA graph
+        return torch.optim.Adam(parameters, **options, capturable=cuda)
+    return torch.optim.SGD(parameters, **options, momentum=args.momentum, nesterov=args.nesterov)
+
+
+class Muon(Optimizer):
+    """Muon for the filters of convolutions, Nesterov SGD for all other weights.
+
+    The momentum of a filter bank W, as a matrix G with a row for each output channel, is replaced
+    by a matrix with the same singular vectors, whose singular values are all about one:
+
+        B <- momentum * B + gradient            Nesterov: G = gradient + momentum * B
+        W <- W * sqrt(rows) / |W| - lr * newton_schulz(G)
+
+    Every direction then learns at the same pace, and no weight decay is needed (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon). Linear layers take Nesterov SGD at MATRIX_RATE * lr, vectors
+    (biases, BatchNorm) at VECTOR_RATE * lr, both with momentum 0.85 and `weight_decay`. These are
+    the rates of airbench94 (Jordan 2024, arXiv 2404.00498), which sums its loss over the batch.
+    """
+
+    MATRIX_RATE, VECTOR_RATE, OTHER_MOMENTUM = 2.8, 0.22, 0.85
+
+    def __init__(
+        self, parameters: Iterable[Tensor], lr: float, momentum: float, weight_decay: float = 0.0
+    ) -> None:
+        filters, matrices, vectors = [], [], []
+        for p in parameters:
+            (filters if p.ndim == 4 else matrices if p.ndim == 2 else vectors).append(p)
+        rest = {"momentum": self.OTHER_MOMENTUM, "weight_decay": weight_decay, "muon": False}
+        groups = [
+            {"params": filters, "lr": lr, "muon": True},
+            {"params": matrices, "lr": self.MATRIX_RATE * lr, **rest},
+            {"params": vectors, "lr": self.VECTOR_RATE * lr, **rest},
+        ]
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
+        self.dtype = torch.bfloat16 if has_bfloat16(filters[0].device) else torch.float32
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                gradient = p.grad.add(p, alpha=group["weight_decay"])
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"].mul_(group["momentum"]).add_(gradient)
+                update = gradient.add_(momentum, alpha=group["momentum"])
+                if group["muon"]:
+                    p.mul_(len(p) ** 0.5 / p.norm().clamp(min=1e-7))
+                    update = newton_schulz(update.flatten(1), self.dtype).view(p.shape)
+                p.sub_(update * group["lr"])  # which may be a tensor, see `TrainStep`
+
+
+def newton_schulz(matrix: Tensor, dtype: torch.dtype = torch.float32, steps: int = 3) -> Tensor:
+    """U p(p(p(S))) V^T for the float matrix U S V^T, (rows, columns), brought to Frobenius norm 1.
+
+    p(x) = 3.4445 x - 4.7750 x^3 + 2.0315 x^5 pushes small singular values up quickly and lets the
+    others scatter around one. `dtype` is for the multiplications (Jordan et al. 2024).
+    """
+    x = (matrix / (matrix.norm() + 1e-7)).to(dtype)
+    if tall := len(x) > x.shape[1]:
+        x = x.T
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.T if tall else x).to(matrix.dtype)
+
+
+# -------------------------------------------------------------------------------------- schedules
+
+
+def build_scheduler(optimizer: Optimizer, args: Namespace, total_steps: int) -> LambdaLR:
+    """A scheduler that is stepped after every batch; see `lr_factor`."""
+    shape = args.milestones, args.gamma, args.warmup
+    return LambdaLR(optimizer, lambda step: lr_factor(args.scheduler, step, total_steps, *shape))
+
+
+def lr_factor(
+    name: str,
+    step: int,
+    total_steps: int,
+    milestones: tuple[float, ...] = (0.5, 0.8),
+    gamma: float = 0.1,
+    warmup: float = 0.0,
+) -> float:
+    """The learning rate of batch `step` (from 0), as a factor of the peak rate.
+
+    none        1 all along
+    multistep   times `gamma` at each of `milestones`, which are fractions of the run: epochs 25 and
+                40 of 50, and the middle of a single one
+    linear      straight from 1 to 0, after a straight rise over the fraction `warmup` of the run
+    cosine      half a cosine from 1 to 0 (Loshchilov & Hutter 2017, arXiv 1608.03983)
+    onecycle    along cosines from 1/25 to 1 at 30 % of the run, and down to 1/250,000: PyTorch's
+                OneCycleLR with the momentum left alone (Smith & Topin 2018, arXiv 1708.07120)
+    """
+    if name == "none":
+        return 1.0
+    if name == "multistep":
+        # round: 0.8 * 19500 is 15600.000000000002; max: the first batch always has the full rate
+        drops = [max(1, math.ceil(round(fraction * total_steps, 6))) for fraction in milestones]
+        return gamma ** sum(step >= drop for drop in drops)
+    if name == "linear":
+        rise = warmup * total_steps
+        return min((step + 1) / (rise + 1), (total_steps - step) / (total_steps - rise))
+    if name == "cosine":
+        return _cosine(1.0, 0.0, step / total_steps)
+    if name == "onecycle":
+        peak = max(0.0, 0.3 * total_steps - 1)
+        if step < peak:
+            return _cosine(1 / 25, 1.0, step / peak)
+        return _cosine(1.0, 1 / 250_000, min(1.0, (step - peak) / max(1.0, total_steps - 1 - peak)))
+    raise ValueError(f"unknown schedule {name!r}")
+
+
+def _cosine(start: float, end: float, fraction: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * fraction)) / 2
+
+
+# ---------------------------------------------------------------------------------- moving average
+
+
+class EMA:
+    """`ema.model` is an exponential moving average of the weights and statistics of `model`.
+
+    Update t, from 1, keeps d = min(decay, (1 + t) / (10 + t)) of what it held, and takes 1 - d of
+    what `model` holds: the random start is soon forgotten (as in timm and diffusers). With decay 0
+    `ema.model` is `model` itself.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay = model, decay
+        # on the device, where a replayed CUDA graph counts too
+        self.updates = torch.zeros((), device=next(model.parameters()).device)
+        if decay == 0:
+            return
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        states = (self.model.state_dict().values(), model.state_dict().values())
+        pairs = list(zip(*states, strict=True))
+        self.floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        self.counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+
+    def state_dict(self) -> dict:
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.updates.copy_(state["updates"])
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Follow the weights after a training step."""
+        if self.decay == 0:
+            return
+        self.updates += 1
+        decay = torch.clamp((1 + self.updates) / (10 + self.updates), max=self.decay)
+        average, latest = zip(*self.floats, strict=True)
+        step = torch._foreach_sub(latest, average)  # on CUDA, a few kernels for all tensors
+        torch._foreach_mul_(step, 1 - decay)
+        torch._foreach_add_(average, step)
+        for counter, now in self.counters:
+            counter.copy_(now)

@@ -1,0 +1,147 @@
+"""Files are whole or not there, and no network is lost."""
+
+import errno
+import os
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiment import files
+from experiment.errors import UserError
+from experiment.files import atomic_write, load, save, save_without_overwriting
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_litter(workdir):
+    path = workdir / "file"
+    path.write_text("old")
+
+    def fail():
+        with atomic_write(path) as file:
+            file.write(b"half of the n")
+            raise OSError("disk full")
+
+    with pytest.raises(UserError, match=r"file cannot be written: disk full"):
+        fail()
+    assert path.read_text() == "old"
+    assert os.listdir(workdir) == ["file"]
+    save(path, {"a": 1})
+    assert load(path) == {"a": 1}
+    assert os.listdir(workdir) == ["file"]
+
+
+def test_a_file_is_private_until_it_is_whole(workdir):
+    before = os.umask(0o022)
+    try:
+        with atomic_write(workdir / "file") as file:
+            (name,) = os.listdir(workdir)
+            assert stat.S_IMODE(os.stat(name).st_mode) == 0o600
+            file.write(b"x")
+        assert stat.S_IMODE((workdir / "file").stat().st_mode) == 0o644
+    finally:
+        os.umask(before)
+
+
+def test_a_file_system_without_permissions_is_no_obstacle(workdir, monkeypatch):
+    def fail(*args):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(files.os, "chmod", fail)
+    save(workdir / "file", {"a": 1})
+    assert load(workdir / "file") == {"a": 1}
+
+
+def test_a_name_of_any_length_and_bytes(workdir):
+    for name in (b"x" * 251 + b".pth", b"\xff\xfe.pth"):
+        path = Path(os.fsdecode(os.fsencode(workdir) + b"/" + name))
+        save(path, {"run": str(path)})
+        assert load(path)["run"] == str(path)
+
+
+def test_of_two_processes_at_one_output_none_loses_its_network(workdir):
+    """Many at a time, threads here, of which each keeps what it finds in the way."""
+    path, writers, rounds = workdir / "student.pth", 4, 6
+    start = threading.Barrier(writers)
+    errors = []
+
+    def write(number: int) -> None:
+        start.wait()
+        for n in range(rounds):
+            try:
+                save_without_overwriting(path, {"number": 100 * number + n})
+            except UserError as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(writers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    found = sorted(load(file)["number"] for file in workdir.iterdir())
+    assert found == [100 * number + n for number in range(writers) for n in range(rounds)]
+
+
+def test_what_another_process_writes_in_the_last_moment_is_kept(workdir, monkeypatch):
+    path, link = workdir / "student.pth", os.link
+
+    def be_late(source, target):
+        monkeypatch.setattr(files.os, "link", link)
+        save_without_overwriting(path, {"theirs": 1})
+        link(source, target)
+
+    monkeypatch.setattr(files.os, "link", be_late)
+    assert save_without_overwriting(path, {"mine": 1}) == workdir / "student.001.pth"
+    assert (load(path), load(workdir / "student.001.pth")) == ({"mine": 1}, {"theirs": 1})
+
+
+def test_what_another_process_has_just_set_aside_is_no_error(workdir, monkeypatch):
+    """Between looking and renaming, the file in the way has gone to another process's name.001."""
+    path = workdir / "student.pth"
+    path.write_text("old")
+    rename = os.replace
+
+    def be_late(source, target):
+        if Path(target).name == "student.001.pth" and path.exists():
+            os.rename(path, workdir / "theirs.pth")
+        rename(source, target)
+
+    monkeypatch.setattr(files.os, "replace", be_late)
+    assert save_without_overwriting(path, {"a": 1}) is None
+    assert load(path) == {"a": 1}
+    assert sorted(os.listdir(workdir)) == ["student.pth", "theirs.pth"]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_without_hard_links_nothing_is_overwritten_either(number, workdir, monkeypatch):
+    def link(source, target):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.os, "link", link)
+    path = workdir / "student.pth"
+    path.write_text("old")
+    assert save_without_overwriting(path, {"a": 1}) == workdir / "student.001.pth"
+    assert (workdir / "student.001.pth").read_text() == "old"
+    assert save_without_overwriting(workdir / "new.pth", {"a": 2}) is None
+    assert (load(path), load(workdir / "new.pth")) == ({"a": 1}, {"a": 2})
+    assert len(os.listdir(workdir)) == 3
+
+
+def test_a_rename_that_fails_leaves_no_empty_file(workdir):
+    (workdir / "student.pth").mkdir()  # made during the training
+    with pytest.raises(UserError, match=r"student\.pth cannot be written"):
+        save_without_overwriting(workdir / "student.pth", {"a": 1})
+    assert os.listdir(workdir) == ["student.pth"]
+
+
+def test_a_file_of_tensors_is_loaded_on_the_cpu_and_runs_no_code(workdir):
+    torch.save({"model": torch.nn.Linear(1, 1)}, "code.pth")  # a class is code
+    with pytest.raises(UserError, match=r"code\.pth is not a weight file, or not a safe one"):
+        load("code.pth")
+    torch.save([1], "list.pth")
+    with pytest.raises(UserError, match="holds no network"):
+        load("list.pth")
+    with pytest.raises(UserError, match=r"there is no weight file none\.pth"):
+        load("none.pth")
