@@ -81,11 +81,10 @@ def main(args: Namespace) -> None:
     extra = {}
     if is_new(args):
         with parallel.rank_zero_first():
-            start = args.init
-            if start not in INITS:
-                start = local_file(start)
-                extra["init_sha256"] = sha256(start)
+            start = args.init if args.init in INITS else local_file(args.init)
             print(f"start: {init_from(teacher, start)}", flush=True)
+            if args.init not in INITS:
+                extra["init_sha256"] = sha256(start)
         if args.init == "random":
             whiten(teacher, normalize(train_set.images[:WHITENING_IMAGES]))
     teacher.to(device)

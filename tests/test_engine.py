@@ -76,18 +76,20 @@ def test_the_gradient_reaches_the_student_alone():
 # ------------------------------------------------------------------------------------------ loops
 
 
-def test_a_run_leaves_its_teacher_as_it_was_loaded(demo_teacher, workdir, monkeypatch):
+@pytest.mark.parametrize("source", ["file", "random"])
+def test_a_run_leaves_its_teacher_as_it_was_loaded(source, demo_teacher, workdir, monkeypatch):
     """The script's own teacher: neither trained, nor drifting with its BatchNorm statistics."""
     load, kept = student_script.load_teacher, {}
 
     def load_teacher(*args):
-        teacher, sha256 = load(*args)
-        kept["teacher"] = teacher
+        teacher, *rest = load(*args)
+        kept["teacher"] = teacher.train()  # it is for the script to freeze it
         kept["state"] = {key: value.clone() for key, value in teacher.state_dict().items()}
-        return teacher, sha256
+        return teacher, *rest
 
     monkeypatch.setattr(student_script, "load_teacher", load_teacher)
-    run_student("--teacher_weights", demo_teacher, "--amp", "off", "--run_dir", "run")
+    weights = demo_teacher if source == "file" else source
+    run_student("--teacher_weights", weights, "--amp", "off", "--run_dir", "run")
     teacher, state = kept["teacher"], kept["state"]
     assert any(key.endswith("running_mean") for key in state)  # the buffers are compared too
     for key, value in teacher.state_dict().items():
@@ -213,14 +215,14 @@ def test_training_means_are_over_images_and_batches_are_reported():
     scheduler = build_scheduler(optimizer, RECIPE, 2)
     step = TrainStep(loss_fn, optimizer)
     result = train_one_epoch(
-        model, loader, step, scheduler, on_batch=lambda n, loss: seen.append((n, loss))
+        model, loader, step, scheduler, on_batch=lambda part, loss: seen.append((part, loss))
     )
     assert set(result) == {"loss", "matches", "images_per_second"}
     assert result["loss"] == 2.0
     assert result["matches"] == pytest.approx(100 * sum(correct) / 16)
     assert len(correct) == 16
     assert result["images_per_second"] > 0
-    assert [(n, loss.item()) for n, loss in seen] == [(8, 1.0), (8, 3.0)]
+    assert [(part, loss.item()) for part, loss in seen] == [(0.5, 1.0), (1.0, 3.0)]
     assert scheduler.last_epoch == 2
 
 
