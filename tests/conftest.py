@@ -16,6 +16,7 @@ import data
 import fine_tune_teacher_cifar10 as teacher_script
 import main_train_cifar10 as student_script
 from experiment.run import Run
+from models import read_weights
 from optimizers import build_scheduler
 
 REPOSITORY = Path(__file__).parent.parent
@@ -41,6 +42,19 @@ def metrics(folder: str | Path) -> list[dict[str, str]]:
     """The rows of a run's metrics.csv."""
     with open(Path(folder, "metrics.csv"), newline="") as file:
         return list(csv.DictReader(file))
+
+
+def without_times(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows of a metrics.csv without the columns that no two runs have in common."""
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def assert_equal_weights(one: str | Path, two: str | Path) -> None:
+    """Two weight files hold the same network, bit for bit."""
+    one, two = read_weights(one)[0], read_weights(two)[0]
+    assert one.keys() == two.keys()
+    for key in one:
+        assert torch.equal(one[key], two[key]), key
 
 
 # ------------------------------------------------------------------- a run without its training
