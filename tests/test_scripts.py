@@ -1,7 +1,5 @@
 """Both scripts from end to end, on the demo set and on made data."""
 
-import csv
-import json
 import signal
 import subprocess
 import sys
@@ -11,31 +9,36 @@ import kill_test
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TINY, run_student, run_teacher
+from conftest import (
+    REPOSITORY,
+    SMALL_NETWORK,
+    TINY,
+    assert_equal_weights,
+    metrics,
+    run_student,
+    run_teacher,
+    without_times,
+)
 from PIL import Image
+from torch import Tensor
 
 import fine_tune_teacher_cifar10 as teacher_script
 import main_train_cifar10 as student_script
-from experiment import UserError, read_config
+from data import DeviceLoader, ImageSet, load_cifake, load_cifar10, load_noise, with_shifted_copies
+from engine import TrainStep, compare, predict, score
+from experiment.errors import UserError
+from experiment.folder import read_config
 from models import load_model, read_weights
+from plots import MARK
+from synthetic_data.demo_images import load_demo
 
-TIMES = ("seconds", "images_per_second")
-
-
-def metrics(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
+TEACHER = Path("runs/demo/teacher_cifar10_finetuned.pth")
+STUDENT = Path("runs/demo/student_cifar10_kd.pth")
 
 
-def without_times(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
-
-
-def assert_equal_weights(one: Path, two: Path) -> None:
-    one, two = read_weights(one)[0], read_weights(two)[0]
-    assert one.keys() == two.keys()
-    for key in one:
-        assert torch.equal(one[key], two[key]), key
+def logits_of(path: Path | str, images: ImageSet) -> Tensor:
+    """What the network of a weight file says of an ImageSet, in float32 on the CPU."""
+    return predict(load_model(path), DeviceLoader(images, 500, "cpu", train=False))
 
 
 def stop_after(monkeypatch, script, epochs: int) -> None:
@@ -51,129 +54,167 @@ def stop_after(monkeypatch, script, epochs: int) -> None:
     monkeypatch.setattr(script, "train_one_epoch", dying)
 
 
-def test_a_teacher_and_its_student(workdir, capsys):
-    run_teacher()
-    run_student()
+def resume(script, folder: str | Path, *argv: str | Path) -> None:
+    script.main(script.parse_args(["--resume", str(folder), *map(str, argv)]))
+
+
+# ---------------------------------------------------------------------------------- end to end
+
+
+@pytest.mark.draws
+def test_a_resnet18_and_its_student(workdir, capsys):
+    """The published network, and every file that a run leaves, beside its exported weights."""
+    network = ("--arch", "resnet18", "--stem", "imagenet")
+    run_teacher(*network)
+    run_student(*network)
 
     assert not list(workdir.glob("*.pth"))  # a demo stays under runs/
-    demo = workdir / "runs" / "demo"
-    for kind, column in (("teacher", "train_accuracy"), ("student", "train_agreement")):
-        run = demo / f"{kind}-001"
-        assert {path.name for path in run.iterdir()} == {
-            *(".lock", "config.json", "metrics.csv", "last.pt", "best.pt"),
-            *("train_val_losses.png", "val_accuracy.png", "per_class.csv"),
-        }
-        rows = metrics(run)
-        assert list(rows[0]) == [
-            *("epoch", "lr", "train_loss", column, "test_loss", "test_accuracy"),
-            *TIMES,
-        ]
-        assert [row["epoch"] for row in rows] == ["1", "2"]
-        for row in rows:
-            assert 0 <= float(row["test_accuracy"]) <= 100
-            assert 0 <= float(row[column]) <= 100
-            assert float(row["images_per_second"]) > 0
-    exported = read_weights(demo / "student_cifar10_kd.pth")[1]
-    assert exported["classes"] == list(teacher_script.load_demo("test").classes)
-    assert exported["provenance"]["epoch"] == 2
-    assert_equal_weights(demo / "student_cifar10_kd.pth", demo / "student-001" / "last.pt")
-    student = load_model(demo / "student_cifar10_kd.pth")
-    assert student(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
-    config = json.loads((demo / "student-001" / "config.json").read_text())
     said = capsys.readouterr().out
-    assert f"teacher: {config['teacher_accuracy']:.2f} % on 96 real test images" in said
-    assert f"final  {float(rows[-1]['test_accuracy']):.2f} %" in said
+    test_set = load_demo("test").first(96)
+    taught = logits_of(TEACHER, test_set)
+    accuracy = score(taught, test_set.labels)["accuracy"]
+    for name, exported, column in (
+        ("teacher", TEACHER, "train_accuracy"),
+        ("student", STUDENT, "train_agreement"),
+    ):
+        run, logits = Path(f"runs/demo/{name}-001"), logits_of(exported, test_set)
+        rows = metrics(run)
+        columns = ["epoch", "lr", "train_loss", column, "test_loss", "test_accuracy"]
+        assert list(rows[0]) == [*columns, "images_per_second", "seconds"]
+        assert [row["epoch"] for row in rows] == ["1", "2"]
+        for row in rows:  # the seconds have the test in them, too
+            assert 0 < 96 / float(row["images_per_second"]) < float(row["seconds"])
+        scores = score(logits, test_set.labels)
+        assert float(rows[-1]["test_accuracy"]) == pytest.approx(scores["accuracy"], rel=1e-6)
+        assert float(rows[-1]["test_loss"]) == pytest.approx(scores["loss"], rel=1e-6)
+        best = max(float(row["test_accuracy"]) for row in rows)
+        assert f"final  {scores['accuracy']:.2f} % on the test set, epoch 2" in said
+        assert f"best   {best:.2f} %, epoch " in said
+
+        assert_equal_weights(exported, run / "last.pt")
+        around = read_weights(exported)[1]
+        assert around["classes"] == list(test_set.classes)
+        assert (around["provenance"]["run"], around["provenance"]["epoch"]) == (str(run), 2)
+        assert_what_is_left(run, test_set, logits, taught if name == "student" else None)
+
+    assert read_config(run)["teacher_accuracy"] == pytest.approx(accuracy)
+    assert f"teacher: resnet18 with the imagenet stem, {TEACHER}\n" in said
+    assert f"teacher: {accuracy:.2f} % on 96 real test images" in said
 
 
-def test_the_cifar_stem_goes_through_too(workdir):
-    run_teacher("--stem", "cifar", "--epochs", 1, "--limit", 32)
-    run_student("--stem", "cifar", "--epochs", 1, "--limit", 32)
-    assert load_model("runs/demo/student_cifar10_kd.pth").spec["stem"] == "cifar"
+def assert_what_is_left(run: Path, test_set: ImageSet, logits: Tensor, taught: Tensor | None):
+    """The files in the folder of a finished run; the tables beside the logits of its network."""
+    pictures = {"train_val_losses.png", "val_accuracy.png", "confusion.png", "mistakes.png"}
+    assert {path.name for path in run.iterdir()} == pictures | {
+        *(".lock", "config.json", "metrics.csv", "last.pt", "best.pt"),
+        *("per_class.csv", "predictions.csv", "mistakes.npz"),
+    }
+    for picture in pictures:
+        with Image.open(run / picture) as image:
+            assert image.info["Source"] == MARK
+            assert len(image.convert("L").getcolors()) > 10  # something is drawn
+
+    table = np.genfromtxt(run / "predictions.csv", delimiter=",", names=True)
+    assert np.array_equal(table["index"], np.arange(len(test_set)))
+    assert np.array_equal(table["label"], test_set.labels)
+    assert np.array_equal(table["prediction"], logits.argmax(1))
+    np.testing.assert_allclose(table["probability"], logits.softmax(1).amax(1), rtol=1e-5)
+    if taught is None:
+        assert "teacher_prediction" not in table.dtype.names
+    else:
+        assert np.array_equal(table["teacher_prediction"], taught.argmax(1))
+
+    wrong = table[table["label"] != table["prediction"]]
+    assert len(wrong) > 30  # after two epochs
+    with np.load(run / "mistakes.npz") as mistakes:
+        surest = sorted(wrong["probability"], reverse=True)[:30]
+        np.testing.assert_allclose(mistakes["probability"], surest)
+        for column in ("label", "prediction", "probability"):
+            np.testing.assert_allclose(mistakes[column], table[column][mistakes["index"]])
+        images = test_set.images[mistakes["index"]].permute(0, 2, 3, 1)
+        assert np.array_equal(mistakes["images"], images)
 
 
-def test_both_scripts_run_on_files(workdir, cifake, cifar10_binary):
+def test_what_a_student_trains_on(workdir, cifake, cifar10_binary, monkeypatch):
     """No demo: CIFAR-10 and CIFAKE from disk, and the published file names."""
-    common = "--epochs 1 --batch_size 20 --stem imagenet --device cpu".split()
+    loaders = []
+
+    def recording_loader(data, batch_size, device, train, **more):
+        loaders.append((train, data))
+        return DeviceLoader(data, batch_size, device, train, **more)
+
+    monkeypatch.setattr(student_script, "DeviceLoader", recording_loader)
+    common = [*"--epochs 1 --batch_size 20 --device cpu".split(), *SMALL_NETWORK]
     common += ["--data_dir", str(cifar10_binary)]
     teacher_script.main(teacher_script.parse_args([*common, "--init", "random"]))
-    student_script.main(
-        student_script.parse_args([*common, "--synthetic_data_dir", str(cifake), "--seed", "3"])
-    )
-    facts = read_weights("student_cifar10_kd.pth")[1]
-    assert facts["classes"][0] == "airplane"
-    for other in ("noise", "real"):
-        argv = [*common, "--train_on", other, "--limit", "40", "--output", f"{other}.pth"]
+    common += ["--synthetic_data_dir", str(cifake)]
+    real = load_cifar10(cifar10_binary, train=True)
+    test = load_cifar10(cifar10_binary, train=False)
+    expected = {"synthetic": load_cifake(cifake), "real": real, "noise": load_noise(40)}
+    for source, train_set in expected.items():
+        loaders.clear()
+        argv = [*common, "--limit", "40", "--output", f"{source}.pth"]
+        argv += ["--train_on", source] if source != "synthetic" else []
         student_script.main(student_script.parse_args(argv))
-        assert Path(f"{other}.pth").exists()
-    config = json.loads(Path("runs/student-001/config.json").read_text())
+        (seen,) = [data for train, data in loaders if train]
+        assert torch.equal(seen.images, train_set.images[:40]), source
+        assert torch.equal(seen.labels, train_set.labels[:40]), source
+        tested = next(data for train, data in loaders if not train)
+        assert torch.equal(tested.images, test.images), source
+        assert read_weights(f"{source}.pth")[1]["classes"][0] == "airplane"
+    config = read_config(Path("runs/student-001"))
     assert (config["train_images"], config["test_images"]) == (40, 20)
     assert len(config["teacher_sha256"]) == 64
 
 
-@pytest.mark.parametrize("kind", ["teacher", "student"])
-def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(kind, workdir, demo_teacher, monkeypatch):
-    script, run = {
-        "teacher": (teacher_script, run_teacher),
-        "student": (student_script, run_student),
-    }[kind]
-    flags = ["--epochs", "3"] + (["--teacher_weights", demo_teacher] if kind == "student" else [])
-    run(*flags, "--run_dir", "unbroken", "--output", "unbroken.pth")
-
-    with monkeypatch.context() as patch:
-        stop_after(patch, script, 2)
-        with pytest.raises(KeyboardInterrupt):
-            run(*flags, "--run_dir", "stopped", "--output", "stopped.pth")
-    assert not Path("stopped.pth").exists()
-    assert len(metrics(Path("stopped"))) == 2
-    script.main(script.parse_args(["--resume", "stopped"]))
-
-    assert without_times(metrics(Path("stopped"))) == without_times(metrics(Path("unbroken")))
-    assert_equal_weights(Path("stopped.pth"), Path("unbroken.pth"))
-    for name in ("best.pt", "last.pt"):
-        assert_equal_weights(Path("stopped", name), Path("unbroken", name))
-
-
-def test_the_seed_decides_everything(workdir, demo_teacher):
-    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        flags = ["--seed", seed, "--run_dir", name, "--output", f"{name}.pth"]
-        run_student(*flags, "--teacher_weights", demo_teacher)
-    a, b, c = (without_times(metrics(Path(name))) for name in "abc")
-    assert a == b
-    assert a != c
-    assert_equal_weights(Path("a.pth"), Path("b.pth"))
+def test_cifar100_from_class_folders(workdir, cifar100, capsys):
+    folder = workdir / "synthetic"
+    for i in range(100):
+        (folder / f"kind_{i:02d}").mkdir(parents=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 48, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"kind_{i:02d}" / "0.png")
+    flags = f"--dataset cifar100 --data_dir {cifar100} --epochs 1 --batch_size 50 --device cpu"
+    flags = [*flags.split(), *SMALL_NETWORK]
+    teacher = [*flags, "--init", "random", "--output", "teacher.pth"]
+    teacher_script.main(teacher_script.parse_args(teacher))
+    student = [*flags, "--teacher_weights", "teacher.pth", "--output", "student.pth"]
+    for source in ("synthetic", "real", "noise"):
+        more = ["--train_on", source] if source != "synthetic" else []
+        more += ["--synthetic_data_dir", str(folder), "--limit", "100"]
+        student_script.main(student_script.parse_args([*student, *more]))
+    for flag in ("--skip_bad_images", "--download_synthetic"):
+        with pytest.raises(SystemExit):
+            student_script.parse_args([*student, flag])
+        assert f"error: {flag} needs CIFAKE" in capsys.readouterr().err
+    network = load_model("student.pth", classes=[f"kind_{i:02d}" for i in range(100)])
+    assert network.spec["num_classes"] == 100
 
 
-def test_a_finished_run_exports_again_without_training(workdir, demo_teacher, monkeypatch):
-    run_student("--teacher_weights", demo_teacher)
-    exported = Path("runs/demo/student_cifar10_kd.pth")
-    exported.unlink()
-    stop_after(monkeypatch, student_script, 0)
-    student_script.main(student_script.parse_args(["--resume", "runs/demo/student-001"]))
-    assert_equal_weights(exported, Path("runs/demo/student-001/last.pt"))
+# ------------------------------------------------------------------------------------ teachers
 
 
-def test_a_finished_network_is_never_lost(workdir, demo_teacher):
-    """The same command again, and a teacher that lies under another name: nothing is in danger."""
-    run_student("--teacher_weights", demo_teacher)
-    exported = Path("runs/demo/student_cifar10_kd.pth")
-    first = read_weights(exported)[0]
-    run_student("--teacher_weights", demo_teacher, "--seed", 1)
-    kept = exported.with_name("student_cifar10_kd.001.pth")
-    assert read_weights(exported)[1]["provenance"]["run"] == "runs/demo/student-002"
-    assert read_weights(kept)[1]["provenance"]["run"] == "runs/demo/student-001"
-    assert torch.equal(read_weights(kept)[0]["conv1.weight"], first["conv1.weight"])
-
-    copy = demo_teacher.parent / "run" / "last.pt"  # other bytes, the same weights
-    argv = ["--resume", "runs/demo/student-002", "--teacher_weights", str(copy)]
-    student_script.main(student_script.parse_args(argv))
-    assert len(list(exported.parent.glob("*.pth"))) == 2  # its own export is replaced
+def test_a_teacher_is_what_its_file_says(workdir, demo_teacher, capsys):
+    flags = ["--teacher_weights", demo_teacher, "--epochs", 1, "--limit", 32]
+    run_student(*flags, "--arch", "shufflenet_v2_x1_0", "--stem", "imagenet")
+    assert f"teacher: wrn_16_1 with the cifar stem, {demo_teacher}\n" in capsys.readouterr().out
+    assert load_model(STUDENT).spec == {
+        "arch": "shufflenet_v2_x1_0",
+        "stem": "imagenet",
+        "num_classes": 10,
+    }
 
 
 def test_an_untrained_teacher_is_a_control(workdir):
-    run_student("--teacher_weights", "random", "--epochs", 1)
-    config = json.loads(Path("runs/demo/student-001/config.json").read_text())
-    assert config["teacher_sha256"] is None
-    assert 0 <= config["teacher_accuracy"] < 50
+    taught = []
+    for seed in (0, 1):
+        run_student("--teacher_weights", "random", "--seed", seed, "--run_dir", f"run-{seed}")
+        table = np.genfromtxt(f"run-{seed}/predictions.csv", delimiter=",", names=True)
+        config = read_config(Path(f"run-{seed}"))
+        assert (config["teacher_sha256"], config["teacher_files"]) == (None, {})
+        accuracy = 100 * (table["teacher_prediction"] == table["label"]).mean()
+        assert config["teacher_accuracy"] == pytest.approx(accuracy)
+        taught.append(table["teacher_prediction"])
+    assert not np.array_equal(*taught)
 
 
 def test_several_teachers_are_one(workdir, demo_teacher, monkeypatch):
@@ -181,101 +222,149 @@ def test_several_teachers_are_one(workdir, demo_teacher, monkeypatch):
     one, two, both = ([demo_teacher], ["other.pth"], [demo_teacher, "other.pth"])
     for name, members in (("one", one), ("two", two), ("both", both)):
         run_student("--teacher_weights", *members, "--run_dir", name, "--output", f"{name}.pth")
-    digests = {read_config(Path(name))["teacher_sha256"] for name in ("one", "two", "both")}
-    assert len(digests) == 3
+    configs = {name: read_config(Path(name)) for name in ("one", "two", "both")}
+    assert len({config["teacher_sha256"] for config in configs.values()}) == 3
+    assert list(configs["both"]["teacher_files"]) == [str(path) for path in both]
+    test_set = load_demo("test").first(96)
+    mean = sum(logits_of(path, test_set) for path in both) / 2
+    accuracy = score(mean, test_set.labels)["accuracy"]
+    assert configs["both"]["teacher_accuracy"] == pytest.approx(accuracy)
 
     with monkeypatch.context() as patch:
         stop_after(patch, student_script, 1)
         with pytest.raises(KeyboardInterrupt):
             flags = ["--run_dir", "stopped", "--output", "stopped.pth"]
             run_student("--teacher_weights", *both, *flags)
-    resume = ["--resume", "stopped"]
-    with pytest.raises(UserError, match="cannot go on: teacher_sha256 was"):
-        student_script.main(student_script.parse_args([*resume, "--teacher_weights", "other.pth"]))
-    student_script.main(student_script.parse_args(resume))
-    assert_equal_weights(Path("stopped.pth"), Path("both.pth"))
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--mix cutmix --augment strong --ema 0.9 --scheduler cosine --holdout 30",
-        "--hard_labels --mix mixup",
-        "--standardize_logits --temperature 2",
-    ],
-)
-def test_levers_and_controls_run_and_resume_bit_for_bit(flags, workdir, demo_teacher, monkeypatch):
-    flags = [*flags.split(), "--teacher_weights", demo_teacher]
-    run_student(*flags, "--run_dir", "unbroken", "--output", "unbroken.pth")
-    with monkeypatch.context() as patch:
-        stop_after(patch, student_script, 1)
-        with pytest.raises(KeyboardInterrupt):
-            run_student(*flags, "--run_dir", "stopped", "--output", "stopped.pth")
-    student_script.main(student_script.parse_args(["--resume", "stopped"]))
-    rows = metrics(Path("stopped"))
-    assert without_times(rows) == without_times(metrics(Path("unbroken")))
-    assert_equal_weights(Path("stopped.pth"), Path("unbroken.pth"))
-    assert ("train_label_accuracy" in rows[0]) == ("--hard_labels" in flags)
-    if "--holdout" in flags:
-        assert 0 <= float(rows[0]["val_agreement"]) <= 100
-
-
-def test_a_teacher_takes_the_levers_too(workdir):
-    run_teacher("--mix", "cutmix", "--augment", "strong", "--ema", 0.9)
-    exported, last = (
-        read_weights(Path("runs/demo", name))[0]
-        for name in ("teacher_cifar10_finetuned.pth", "teacher-001/last.pt")
-    )
-    raw = torch.load("runs/demo/teacher-001/last.pt", weights_only=True)["trained"]
-    assert torch.equal(exported["fc.weight"], last["fc.weight"])
-    assert not torch.equal(exported["fc.weight"], raw["fc.weight"])
-
-
-def test_a_student_may_have_another_stem_when_it_is_said(workdir, demo_teacher):
-    flags = ["--teacher_weights", demo_teacher, "--limit", 32, "--epochs", 1, "--stem", "cifar"]
-    with pytest.raises(UserError, match="expected stem cifar, found imagenet"):
-        run_student(*flags)
-    run_student(*flags, "--teacher_stem", "imagenet")
-
-
-def test_teacher_and_student_may_be_other_networks(workdir):
-    run_teacher("--arch", "wrn_16_1", "--stem", "cifar", "--epochs", 1)
-    flags = ["--student_arch", "shufflenet_v2_x1_0", "--stem", "cifar", "--epochs", 1]
-    with pytest.raises(UserError, match="expected arch resnet18, found wrn_16_1"):
-        run_student(*flags, "--arch", "resnet18")
-    run_student(*flags)
-    specs = [load_model(path).spec for path in sorted(Path("runs/demo").glob("*.pth"))]
-    assert [spec["arch"] for spec in specs] == ["shufflenet_v2_x1_0", "wrn_16_1"]
-
-
-def test_cifar100_from_class_folders(workdir, cifar100):
-    folder = workdir / "synthetic"
-    for i in range(100):
-        (folder / f"kind_{i:02d}").mkdir(parents=True)
-        pixels = np.random.default_rng(i).integers(0, 256, (40, 48, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"kind_{i:02d}" / "0.png")
-    flags = f"--dataset cifar100 --data_dir {cifar100} --stem imagenet --epochs 1 --batch_size 50"
-    flags = [*flags.split(), "--device", "cpu"]
-    teacher = [*flags, "--init", "random", "--output", "teacher.pth"]
-    teacher_script.main(teacher_script.parse_args(teacher))
-    student = [*flags, "--teacher_weights", "teacher.pth", "--output", "student.pth"]
-    for source in ("synthetic", "real", "noise"):
-        more = ["--train_on", source, "--synthetic_data_dir", str(folder)]
-        student_script.main(student_script.parse_args([*student, *more, "--limit", "100"]))
-    with pytest.raises(UserError, match="are for CIFAKE alone"):
-        student_script.main(student_script.parse_args([*student, "--skip_bad_images"]))
-    network = load_model("student.pth", classes=[f"kind_{i:02d}" for i in range(100)])
-    assert network.spec["num_classes"] == 100
+    with pytest.raises(UserError, match="cannot be resumed: teacher_sha256 was"):
+        resume(student_script, "stopped", "--teacher_weights", "other.pth")
+    resume(student_script, "stopped")
+    assert_equal_weights("stopped.pth", "both.pth")
 
 
 def test_a_teacher_of_other_classes_is_refused(workdir, demo_teacher, cifake, cifar10_binary):
-    flags = ["--data_dir", cifar10_binary, "--synthetic_data_dir", cifake, "--stem", "imagenet"]
-    argv = [*flags, "--teacher_weights", demo_teacher, "--batch_size", 8]
+    flags = ["--data_dir", cifar10_binary, "--synthetic_data_dir", cifake, *SMALL_NETWORK]
+    argv = [*flags, "--teacher_weights", demo_teacher, "--batch_size", 8, "--device", "cpu"]
     with pytest.raises(UserError, match=r"expected classes \['airplane'.*found \['disc'"):
         student_script.main(student_script.parse_args([*map(str, argv)]))
     assert not Path("runs").exists()
 
 
+# ------------------------------------------------------------------------ seeds, levers, stops
+
+
+def test_the_seed_decides_everything(workdir, demo_teacher):
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        flags = ["--seed", seed, "--run_dir", name, "--output", f"{name}.pth"]
+        run_student(*flags, "--teacher_weights", demo_teacher)
+    a, b, c = (without_times(metrics(name)) for name in "abc")
+    assert a == b
+    assert all(
+        ours["train_loss"] != theirs["train_loss"] for ours, theirs in zip(a, c, strict=True)
+    )
+    assert_equal_weights("a.pth", "b.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("teacher", ""),
+        ("teacher", "--cutmix 1 --augment rrc_jitter --ema 0.9 --scheduler onecycle"),
+        ("student", ""),
+        ("student", "--cutmix 1 --augment rrc_jitter --ema 0.9 --scheduler cosine --holdout 30"),
+        ("student", "--hard_labels --mixup 0.4"),
+        ("student", "--optimizer muon --augment reflect --scheduler linear --warmup 0.2"),
+    ],
+)
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
+    name, flags, workdir, demo_teacher, monkeypatch
+):
+    script, run = {
+        "teacher": (teacher_script, run_teacher),
+        "student": (student_script, run_student),
+    }[name]
+    flags = ["--epochs", 3, *flags.split()]
+    flags += ["--teacher_weights", demo_teacher] if name == "student" else []
+    run(*flags, "--run_dir", "unbroken", "--output", "unbroken.pth")
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, script, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(*flags, "--run_dir", "stopped", "--output", "stopped.pth")
+    assert not Path("stopped.pth").exists()
+    assert len(metrics("stopped")) == 2
+    resume(script, "stopped")
+
+    assert without_times(metrics("stopped")) == without_times(metrics("unbroken"))
+    assert_equal_weights("stopped.pth", "unbroken.pth")
+    for file in ("best.pt", "last.pt"):
+        assert_equal_weights(Path("stopped", file), Path("unbroken", file))
+    for file in ("predictions.csv", "per_class.csv", "mistakes.npz"):
+        assert Path("stopped", file).read_bytes() == Path("unbroken", file).read_bytes()
+
+
+def test_labels_take_the_place_of_the_teacher_only_when_it_is_said(workdir, demo_teacher):
+    """Another teacher changes nothing for a student of labels, and all for one of the teacher."""
+    for flags in ([], ["--hard_labels"]):
+        for weights in (demo_teacher, "random"):
+            run = ["--run_dir", f"{Path(weights).stem}{''.join(flags)}", "--epochs", 1]
+            run_student(*flags, *run, "--teacher_weights", weights, "--output", f"{run[1]}.pth")
+    assert_equal_weights("teacher--hard_labels.pth", "random--hard_labels.pth")
+    taught, untaught = (read_weights(f"{name}.pth")[0] for name in ("teacher", "random"))
+    assert not torch.equal(taught["fc.weight"], untaught["fc.weight"])
+    assert "train_agreement" in metrics("teacher")[0]
+    assert "train_label_accuracy" in metrics("teacher--hard_labels")[0]
+
+
+def test_held_out_images_are_compared_in_the_end(workdir, demo_teacher):
+    run_student("--teacher_weights", demo_teacher, "--holdout", 30)
+    train_set, held_out = load_demo("synthetic").first(96).hold_out(30)
+    assert read_config(Path("runs/demo/student-001"))["train_images"] == len(train_set) == 66
+    images = with_shifted_copies(held_out)
+    expected = compare(logits_of(STUDENT, images), logits_of(demo_teacher, images), 10.0)
+    last = metrics("runs/demo/student-001")[-1]
+    assert float(last["val_agreement"]) == pytest.approx(expected["agreement"], rel=1e-6)
+    assert float(last["val_kd_loss"]) == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_the_average_is_what_is_tested_and_saved(workdir):
+    run_teacher("--ema", 0.9)
+    averaged = read_weights(TEACHER)[0]
+    trained = torch.load("runs/demo/teacher-001/last.pt", weights_only=True)["trained"]
+    assert not torch.equal(averaged["fc.weight"], trained["fc.weight"])
+    assert_equal_weights(TEACHER, "runs/demo/teacher-001/last.pt")
+    test_set = load_demo("test").first(96)
+    scores = score(logits_of(TEACHER, test_set), test_set.labels)
+    last = metrics("runs/demo/teacher-001")[-1]
+    assert float(last["test_loss"]) == pytest.approx(scores["loss"], rel=1e-6)
+
+
+def test_a_finished_run_exports_again_without_training(workdir, demo_teacher, monkeypatch):
+    run_student("--teacher_weights", demo_teacher)
+    STUDENT.unlink()
+    stop_after(monkeypatch, student_script, 0)
+    resume(student_script, "runs/demo/student-001")
+    assert_equal_weights(STUDENT, "runs/demo/student-001/last.pt")
+
+
+def test_a_finished_network_is_never_lost(workdir, demo_teacher):
+    """The same command again, and a teacher that lies under another name: nothing is in danger."""
+    run_student("--teacher_weights", demo_teacher)
+    first = read_weights(STUDENT)[0]
+    run_student("--teacher_weights", demo_teacher, "--seed", 1)
+    kept = STUDENT.with_name("student_cifar10_kd.001.pth")
+    assert read_weights(STUDENT)[1]["provenance"]["run"] == "runs/demo/student-002"
+    assert read_weights(kept)[1]["provenance"]["run"] == "runs/demo/student-001"
+    assert torch.equal(read_weights(kept)[0]["conv1.weight"], first["conv1.weight"])
+
+    copy = demo_teacher.parent / "run" / "last.pt"  # other bytes, the same weights
+    resume(student_script, "runs/demo/student-002", "--teacher_weights", copy)
+    assert len(list(STUDENT.parent.glob("*.pth"))) == 2  # its own export is replaced
+
+
+# ----------------------------------------------------------------------------------- processes
+
+
+@pytest.mark.slow
 def test_everything_is_a_process_too(workdir):
     """The commands as a person runs them: what is printed, where, and the exit code."""
 
@@ -283,18 +372,23 @@ def test_everything_is_a_process_too(workdir):
         command = [sys.executable, *map(str, argv)]
         return subprocess.run(command, capture_output=True, text=True, cwd=workdir)
 
-    teacher = python(REPOSITORY / "fine_tune_teacher_cifar10.py", *TINY)
+    teacher = python(REPOSITORY / "fine_tune_teacher_cifar10.py", *TINY, *SMALL_NETWORK)
     assert (teacher.returncode, teacher.stderr) == (0, "")
     lines = teacher.stdout.splitlines()
     assert lines[0] == "start: random weights"
-    assert lines[1] == "run: runs/demo/teacher-001 (after a stop: --resume runs/demo/teacher-001)"
-    assert [line.split()[:2] for line in lines[2:4]] == [["epoch", "1/2"], ["epoch", "2/2"]]
-    assert [line.split()[0] for line in lines[4:7]] == ["final", "best", "time"]
-    student = python(REPOSITORY / "main_train_cifar10.py", *TINY)
+    assert lines[1].startswith("run: runs/demo/teacher-001 on ")
+    assert lines[2].endswith("fine_tune_teacher_cifar10.py --resume runs/demo/teacher-001")
+    assert [line.split()[:2] for line in lines[3:5]] == [["epoch", "1/2"], ["epoch", "2/2"]]
+    assert [line.split()[0] for line in lines[5:]] == ["final", "best", "time", "saved", "plots"]
+    student = python(REPOSITORY / "main_train_cifar10.py", *TINY, *SMALL_NETWORK)
     assert (student.returncode, student.stderr) == (0, "")
     overlay = python(REPOSITORY / "plots.py", "runs/demo/teacher-001", "runs/demo/student-001")
     assert (overlay.returncode, overlay.stderr) == (0, "")
-    assert (workdir / "comparison" / "val_accuracy.png").exists()
+    assert overlay.stdout.split() == [
+        "comparison/train_val_losses.png",
+        "comparison/val_accuracy.png",
+    ]
+    assert all(Path(path).stat().st_size > 1000 for path in overlay.stdout.split())
     wrong = python(REPOSITORY / "main_train_cifar10.py", "--epochs", "0")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr.splitlines() == [
@@ -306,10 +400,12 @@ def test_everything_is_a_process_too(workdir):
     assert len(missing.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_process_that_is_told_to_stop_says_how_to_go_on(number, workdir):
     script = str(REPOSITORY / "main_train_cifar10.py")
-    command = [sys.executable, script, *TINY, "--epochs", "500", "--teacher_weights", "random"]
+    command = [sys.executable, script, *TINY, *SMALL_NETWORK, "--epochs", "500"]
+    command += ["--teacher_weights", "random"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not process.stdout.readline().startswith("epoch 3/500"):
         assert process.poll() is None
@@ -318,26 +414,45 @@ def test_a_process_that_is_told_to_stop_says_how_to_go_on(number, workdir):
     assert process.returncode == 128 + number
     finished = 3 + said.count("epoch ")
     assert errors.strip().splitlines() == [
-        f"stopped after epoch {finished} of 500; to go on:",
+        f"stopped after epoch {finished} of 500; resume with",
         f"python {script} --resume runs/demo/student-001",
     ]
-    assert [int(row["epoch"]) for row in metrics(Path("runs/demo/student-001"))] == [
-        *range(1, finished + 1)
-    ]
-    assert read_weights("runs/demo/student-001/last.pt")[1]["provenance"]["epoch"] == finished
+    run = Path("runs/demo/student-001")
+    assert [int(row["epoch"]) for row in metrics(run)] == [*range(1, finished + 1)]
+    assert read_weights(run / "last.pt")[1]["provenance"]["epoch"] == finished
 
 
-def test_killed_runs_end_as_if_nothing_had_happened(capsys):
+@pytest.mark.slow
+def test_killed_runs_end_as_if_nothing_had_happened(monkeypatch, capsys):
+    monkeypatch.setattr(kill_test, "SIZE", [*kill_test.SIZE, *SMALL_NETWORK])
     kill_test.main(kill_test.parse_args(["--kills", "3", "--scripts", kill_test.SCRIPTS[1]]))
-    assert "0 different, 0 unreadable files" in capsys.readouterr().out
+    assert "3 kills: " in (said := capsys.readouterr().out)
+    assert "0 different, 0 unreadable files" in said
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
-def test_both_scripts_run_on_cuda(workdir):
+def test_both_scripts_run_on_cuda(workdir, monkeypatch):
+    """From recorded graphs; what they export is tested again, on the CPU."""
+    steps = []
+
+    def recording_step(*args, **kwargs):
+        steps.append(TrainStep(*args, **kwargs))
+        return steps[-1]
+
+    for script in (teacher_script, student_script):
+        monkeypatch.setattr(script, "TrainStep", recording_step)
     run_teacher("--device", "cuda")
     run_student("--device", "cuda")
-    config = json.loads(Path("runs/demo/student-001/config.json").read_text())
-    assert config["hardware"] == torch.cuda.get_device_name()
-    exported = torch.load("runs/demo/student_cifar10_kd.pth", weights_only=True)["model"]
-    assert not any(weight.is_cuda for weight in exported.values())  # it loads where there is no GPU
-    assert 0 <= float(metrics(Path("runs/demo/student-001"))[-1]["test_accuracy"]) <= 100
+    test_set = load_demo("test").first(96)
+    for name, exported in (("teacher", TEACHER), ("student", STUDENT)):
+        run = Path(f"runs/demo/{name}-001")
+        assert read_config(run)["parts"][0]["hardware"] == torch.cuda.get_device_name()
+        weights = torch.load(exported, weights_only=True)["model"]
+        assert not any(weight.is_cuda for weight in weights.values())  # it loads without a GPU
+        scores = score(logits_of(exported, test_set), test_set.labels)
+        last = metrics(run)[-1]
+        assert float(last["test_loss"]) == pytest.approx(scores["loss"], rel=0.01)  # TF32
+        assert float(last["test_accuracy"]) == pytest.approx(scores["accuracy"], abs=3)
+    if torch.cuda.is_bf16_supported(including_emulation=False):  # float16 records none
+        assert all(step.graph is not None for step in steps)
+    assert len(steps) == 2
