@@ -146,10 +146,12 @@ def main(args: Namespace) -> None:
     parallel.init_process_group(device)
 
     # data: the student trains on synthetic images, and is tested on real ones
-    with parallel.rank_zero_first():
+    with parallel.rank_zero_first():  # which downloads what is not there; all decode at once
         load_real = REAL_SETS[args.dataset]
         test_set = load_demo("test") if args.demo else load_real(args.data_dir, train=False)
-        train_set = load_train_set(args, test_set.classes)
+        if args.download_synthetic:
+            download_cifake(args.synthetic_data_dir)
+    train_set = load_train_set(args, test_set.classes)
     test_set = test_set.first(args.limit)
     train_set, held_out = train_set.first(args.limit).hold_out(args.holdout)
     augmentation = dict(augment=args.augment, mixup=args.mixup, cutmix=args.cutmix, seed=args.seed)
@@ -233,8 +235,6 @@ def load_train_set(args: Namespace, classes: tuple[str, ...]) -> ImageSet:
         return REAL_SETS[args.dataset](args.data_dir, train=True)
     if args.dataset == "cifar100":
         return load_class_folders(args.synthetic_data_dir, classes, args.limit)
-    if args.download_synthetic:
-        download_cifake(args.synthetic_data_dir)
     return load_cifake(args.synthetic_data_dir, args.limit, args.skip_bad_images)
 
 

@@ -16,7 +16,7 @@ and a test on a fifth as many images.
 
 --cpu_recipe compares what a student costs on a CPU: by the published recipe in the plain way (a
 ResNet18 teacher of 15 epochs, its student of 50), and by that of scripts/cpu.sh (airbench94 with
-Muon, 8 and 12). It times two steps of each and extrapolates to all images and epochs, without
+Muon, 10 and 12). It times two steps of each and extrapolates to all images and epochs, without
 start-up and saving. The accuracies that they reach are in results/.
 
 Prints tables; writes results/speed/DEVICE.json and DEVICE.png, DEVICE_whole.json or
@@ -86,7 +86,7 @@ CPU_RECIPE = dict(
     scheduler="linear",
     augment="reflect",
 )
-CPU_TEACHER = Namespace(**vars(TEACHER) | CPU_RECIPE | dict(epochs=8))
+CPU_TEACHER = Namespace(**vars(TEACHER) | CPU_RECIPE | dict(epochs=10))
 CPU_STUDENT = Namespace(**vars(STUDENT) | CPU_RECIPE | dict(epochs=12))
 
 

@@ -32,7 +32,7 @@ airbench="--arch airbench94 --batch_size 1000 --optimizer muon --lr 0.24 --momen
 
 # shellcheck disable=SC2086
 for seed in ${*:-0}; do
-    once "$runs/teacher-$seed" fine_tune_teacher_cifar10.py --init random --epochs 8 \
+    once "$runs/teacher-$seed" fine_tune_teacher_cifar10.py --init random --epochs 10 \
         --seed "$seed" $airbench
     once "$runs/student-$seed" main_train_cifar10.py --teacher_weights "$runs/teacher-$seed.pth" \
         --synthetic_data_dir "$synthetic" --epochs 12 --seed "$seed" $airbench
