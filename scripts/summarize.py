@@ -29,7 +29,7 @@ from experiment.files import atomic_write
 from plots import read_metrics
 
 KEPT = ("config.json", "metrics.csv", "per_class.csv")
-ENDS = {"train_agreement": 2, "val_kd_loss": 4, "val_agreement": 2, "val_shifted_agreement": 2}
+ENDS = {"train_agreement": 2, "val_kd_loss": 4, "val_agreement": 2}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
