@@ -6,26 +6,32 @@ Anything else that is raised is a failure, and so is an example that takes more 
 a process that has grown by more than a gigabyte.
 """
 
-import csv
 import io
 import json
 import os
 import resource
+import tempfile
+import warnings
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import log, make_run, row
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from PIL import Image
 from test_data import NOISE, encoded
-from test_experiment import checkpoint, flags, parts, row
 
 import main_train_cifar10 as student_script
-from data import load_image
-from experiment import Run, UserError, one_line_errors, read_config
+import plots
+from data import CLASSES, ImageSet, load_image
+from experiment.errors import UserError, one_line_errors
+from experiment.files import load
+from experiment.folder import FORMAT, check_parts, read_config
 from models import load_model
-from plots import plot_run, read_metrics
+from plots import MARK, PICTURES, plot_run, read_metrics, save_predictions
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 60))
 FUZZ = settings(
@@ -147,42 +153,50 @@ def test_weight_files_that_hold_something_else(tmp_path, state):
     assert taken_or_refused(load_model, tmp_path / "model.pth") is None
 
 
-@FUZZ
-@given(st.sampled_from(["model", "optimizer", "scheduler", "history"]), PLAIN, st.booleans())
-def test_checkpoints_of_a_run_that_hold_something_else(tmp_path, key, value, inside):
-    model, optimizer, scheduler = parts()
-    good = {
-        **checkpoint(model),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        "history": [row(1, 50.0)],
-    }
-    if inside and isinstance(good[key], dict):
-        good[key] = {**good[key], sorted(good[key])[0]: value}
-    else:
-        good[key] = [value] if inside else value
-    folder = tmp_path / "run"
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text('{"kind": "student", "args": {}}')
-    torch.save(good, folder / "last.pt")
-    with Run(flags(resume=folder, output=tmp_path / "out.pth"), "student", {}) as run:
-        epoch = taken_or_refused(run.restore, model, optimizer, scheduler)
-        assert epoch is None or len(read_metrics(folder)["epoch"]) == epoch - 1 == len(run.history)
-
-
-# -------------------------------------------------------------------------- tables, configurations
-
-
-def table() -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, row(1, 0))
-    writer.writeheader()
-    writer.writerows(row(epoch, 10.0 * epoch) for epoch in (1, 2, 3))
-    return text.getvalue().encode()
+@pytest.fixture
+def stopped(tmp_path) -> tuple[Path, dict, bytes]:
+    """The folder of a run that was stopped after an epoch, its last.pt and its config.json."""
+    with make_run(run_dir=tmp_path / "run", output=tmp_path / "out.pth") as run:
+        log(run, 50.0)
+    config = (run.folder / "config.json").read_bytes()
+    return run.folder, load(run.folder / "last.pt"), config
 
 
 @FUZZ
-@given(mutated([table()]))
+@given(
+    st.sampled_from(["model", "optimizer", "scheduler", "history", "run_id"]),
+    PLAIN,
+    st.none() | st.integers(0, 9),
+)
+def test_checkpoints_of_a_run_that_hold_something_else(stopped, key, value, place):
+    """In place of one of its parts, or of what is at one `place` in that part."""
+    folder, good, config = stopped
+    part = good[key]
+    if place is not None and isinstance(part, dict):
+        value = {**part, sorted(part)[place % len(part)]: value}
+    elif place is not None:
+        value = [value]
+    torch.save({**good, key: value}, folder / "last.pt")
+    (folder / "config.json").write_bytes(config)
+    run = make_run(resume=folder, output=folder.parent / "out.pth")
+    epoch = taken_or_refused(next, run.epochs())
+    run.lock.close()
+    if epoch is not None:
+        assert epoch == len(run.history) + 1 == len(read_metrics(folder)["epoch"]) + 1
+
+
+# -------------------------------------------------------------------------- tables and pictures
+
+
+COLUMNS = ["epoch", "lr", *row(0), "seconds"]
+
+
+def table(rows: list[list[float]]) -> bytes:
+    return "\n".join([",".join(COLUMNS), *(",".join(map(repr, line)) for line in rows)]).encode()
+
+
+@FUZZ
+@given(mutated([table([[epoch, *[10.0 * epoch] * 7] for epoch in (1, 2, 3)])]))
 def test_tables(tmp_path, content):
     (tmp_path / "metrics.csv").write_bytes(content)
     metrics = taken_or_refused(read_metrics, tmp_path)
@@ -190,43 +204,95 @@ def test_tables(tmp_path, content):
 
 
 @SLOW_FUZZ
-@given(st.lists(st.lists(st.floats(), min_size=8, max_size=8), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.lists(st.floats() | st.floats(-1e30, 1e30), min_size=8, max_size=8),
+        min_size=1,
+        max_size=4,
+    )
+)
 def test_tables_of_any_numbers_can_be_drawn(tmp_path, rows):
-    lines = [",".join(row(1, 0)), *(",".join(map(repr, values)) for values in rows)]
-    (tmp_path / "metrics.csv").write_text("\n".join(lines))
-    taken_or_refused(plot_run, tmp_path)
+    """Without a warning, unless there is a number that says it cannot."""
+    (tmp_path / "metrics.csv").write_bytes(table(rows))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        paths = taken_or_refused(plot_run, tmp_path)
+    assert (paths is not None) == all(abs(x) < 1e30 for line in rows for x in line)
+    for path in paths or ():
+        with Image.open(path) as picture:
+            assert picture.info["Source"] == MARK
 
 
+def saved_predictions() -> dict[str, bytes]:
+    """What `save_predictions` writes, by file name."""
+    images = torch.arange(40 * 3072).view(40, 3, 32, 32).to(torch.uint8)
+    logits = torch.randn(40, 10, generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        test_set = ImageSet(images, torch.arange(40) % 10, CLASSES)
+        save_predictions(Path(folder), test_set, logits, logits.flip(1))
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+PREDICTIONS = saved_predictions()
+
+
+@pytest.mark.parametrize("name", sorted(PREDICTIONS))
+@FUZZ
+@given(data=st.data())
+def test_predictions(name, tmp_path, monkeypatch, data):
+    """The pictures are laid out but not rendered, and the curves left out: both take long."""
+    monkeypatch.setattr(Figure, "savefig", lambda *args, **kwargs: None)
+    monkeypatch.setattr(plots, "plot_runs", lambda *args: [])
+    for other, content in PREDICTIONS.items():
+        (tmp_path / other).write_bytes(content)
+    (tmp_path / name).write_bytes(data.draw(mutated([PREDICTIONS[name]])))
+    paths = taken_or_refused(plot_run, tmp_path)
+    assert paths is None or [path.name for path in paths] == list(PICTURES[2:])
+
+
+# ------------------------------------------------------------------------------- configurations
+
+
+PART = {"from_epoch": 1, "precision": "float32", "hardware": "CPU", "seconds": 61.5}
 CONFIG = {
-    "kind": "student",
+    "name": "student",
+    "format": FORMAT,
+    "run_id": "0123456789abcdef",
     "teacher_accuracy": 81.5,
     "args": vars(student_script.parse_args([])),
+    "parts": [PART],
 }
 
 
-def resumed(folder: Path, capsys) -> None:
-    """Reading the flags of a run again: they come back, or one line is said."""
+def resumed(folder: Path, capsys) -> Namespace | None:
+    """The flags of a run, read again; or None, if one line says why they cannot be."""
     try:
         with one_line_errors():
-            read_config(folder)
-            student_script.parse_args(["--resume", str(folder)])
+            args = student_script.parse_args(["--resume", str(folder)])
+            check_parts(read_config(folder), folder)
+            return args
     except SystemExit as stop:
         line = stop.code if isinstance(stop.code, str) else capsys.readouterr().err
         assert line.startswith("error: ")
         assert len(line.splitlines()) == 1
+        return None
 
 
 @FUZZ
 @given(mutated([json.dumps(CONFIG, default=str, indent=2).encode()]))
 def test_damaged_configurations(tmp_path, capsys, content):
     (tmp_path / "config.json").write_bytes(content)
-    resumed(tmp_path, capsys)
+    args = resumed(tmp_path, capsys)
+    assert args is None or args.resume == tmp_path
 
 
 @FUZZ
-@given(st.sampled_from([*CONFIG, *CONFIG["args"]]), PLAIN)
+@given(st.sampled_from([*CONFIG, *CONFIG["args"], *PART]), PLAIN)
 def test_configurations_that_hold_something_else(tmp_path, capsys, key, value):
-    config = {**CONFIG, "args": dict(CONFIG["args"])}
-    (config if key in config else config["args"])[key] = value
+    config = {**CONFIG, "args": dict(CONFIG["args"]), "parts": [dict(PART)]}
+    owner = next(owner for owner in (config, config["args"], config["parts"][0]) if key in owner)
+    owner[key] = value
     (tmp_path / "config.json").write_text(json.dumps(config, default=str))
-    resumed(tmp_path, capsys)
+    args = resumed(tmp_path, capsys)
+    if args is not None and key not in CONFIG["args"]:
+        assert key == "args" or vars(args) == {**CONFIG["args"], "resume": tmp_path}
