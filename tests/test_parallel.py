@@ -1,130 +1,195 @@
 """Jobs of two ranks, over gloo on the CPU, started by torchrun as a person would."""
 
-import csv
+import importlib
+import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import as_rank
-from test_experiment import checkpoint, flags, parts, row
+from conftest import REPOSITORY, as_rank, make_run, metrics, row
+from two_ranks import make_divisible
 
-import parallel
+import main_train_cifar10 as student_script
 from data import DeviceLoader, ImageSet
-from experiment import Run, UserError
+from experiment import errors, parallel
+from experiment.device import pick_device
+from experiment.errors import UserError, one_line_errors
+from experiment.files import load
+from experiment.folder import read_config
 
-ROOT = Path(__file__).resolve().parent.parent
-STUDENT = str(ROOT / "main_train_cifar10.py")
-FROZEN = str(ROOT / "tests" / "frozen_batchnorm.py")
-SMALL = "--demo --teacher_weights random --student_arch wrn_16_1 --stem cifar --limit 64".split()
-SMALL += "--batch_size 16 --lr 0.001".split()
+STUDENT = str(REPOSITORY / "main_train_cifar10.py")
+DRIVER = str(REPOSITORY / "tests" / "two_ranks.py")
+# 67: four batches and a rest, and a test set of which one rank gets an image more
+SMALL = "--demo --arch wrn_16_1 --stem cifar --limit 67 --batch_size 16".split()
+SMALL += "--device cpu --amp off".split()
+RANDOM_TEACHER = [*SMALL, "--teacher_weights", "random"]
 
-
-def command(ranks: int, script: list[str], *flags) -> list[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    start = [sys.executable, *(torchrun if ranks > 1 else [])]
-    return [*start, *script, *map(str, flags)]
-
-
-def run(ranks: int, script: list[str], *flags) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command(ranks, script, *flags), capture_output=True, text=True, env=environment
-    )
-
-
-def table(folder: str) -> list[dict[str, str]]:
-    with open(Path(folder, "metrics.csv"), newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def assert_same_run(a: str, b: str) -> None:
-    for one, other in zip(table(a), table(b), strict=True):
-        for key in one.keys() - {"seconds", "images_per_second"}:
-            assert float(one[key]) == pytest.approx(float(other[key]), rel=1e-4), key
-    weights, others = (torch.load(f"{name}.pth", weights_only=True)["model"] for name in (a, b))
-    for key in weights:
-        torch.testing.assert_close(weights[key], others[key], rtol=1e-3, atol=1e-5)
+# What two ranks have to do as one does: the script, see two_ranks.py, and its flags.
+RUNS = {
+    "sgd": ("main_train_cifar10", *RANDOM_TEACHER, "--lr", "0.001"),
+    "cutmix, average": (
+        *("main_train_cifar10", *RANDOM_TEACHER, "--lr", "0.001"),
+        *("--cutmix", "1", "--ema", "0.9"),
+    ),
+    "muon, mixup": (
+        *("main_train_cifar10", *RANDOM_TEACHER, "--optimizer", "muon", "--lr", "0.01"),
+        *("--momentum", "0.6", "--scheduler", "linear", "--augment", "reflect", "--mixup", "1"),
+    ),
+    "teacher": ("fine_tune_teacher_cifar10", *SMALL, "--optimizer", "sgd", "--lr", "0.01"),
+    "resumed": ("main_train_cifar10", *RANDOM_TEACHER, "--lr", "0.001", "--ema", "0.9"),
+}
 
 
-@pytest.mark.parametrize("mix", ["none", "cutmix"])
-def test_two_ranks_train_as_one_does(mix, workdir):
-    for name, ranks in (("one", 1), ("two", 2)):
-        flags = [*SMALL, "--epochs", 2, "--mix", mix, "--run_dir", name, "--output", f"{name}.pth"]
-        done = run(ranks, [FROZEN, STUDENT], *flags)
-        assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 2/2") == 1  # rank 0 alone prints
-    assert_same_run("one", "two")
-
-
-def test_a_stopped_job_goes_on_with_another_number_of_ranks(workdir):
-    flags = [*SMALL, "--epochs", 12, "--output", "two.pth"]
-    job = subprocess.Popen(
-        command(2, [FROZEN, STUDENT], *flags, "--run_dir", "two"), stderr=subprocess.PIPE, text=True
-    )
-    while not Path("two/metrics.csv").exists():
-        assert job.poll() is None
-        time.sleep(0.05)
-    job.send_signal(signal.SIGTERM)
-    _, stderr = job.communicate()
-    assert job.returncode != 0
-    assert re.search("stopped after epoch .* of 12; to go on:\ntorchrun .* --resume two", stderr)
-    done = len(table("two"))
-    assert 0 < done < 12
-    assert run(1, [FROZEN, STUDENT], "--resume", "two").returncode == 0
-    one = run(1, [FROZEN, STUDENT], *flags, "--run_dir", "one", "--output", "one.pth")
-    assert one.returncode == 0
-    assert_same_run("one", "two")
-
-
-def test_a_rank_that_dies_ends_the_job(workdir):
-    job = subprocess.Popen(
-        command(2, [STUDENT], *SMALL, "--epochs", 1000, "--run_dir", "run"),
+def job(script: str, *flags: str) -> subprocess.Popen:
+    """Two ranks of a script."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.Popen(
+        [*torchrun, script, *flags],
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    while not Path("run/metrics.csv").exists():
-        assert job.poll() is None
-        time.sleep(0.05)
-    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    ranks = {rank_of(pid): int(pid) for pid in children if rank_of(pid) is not None}
-    os.kill(ranks[1], signal.SIGKILL)
-    _, stderr = job.communicate(timeout=60)
-    assert job.returncode != 0
-    assert "another process of this job has died" in stderr or "stopped after epoch" in stderr
-    assert re.search("to go on:\ntorchrun .* --resume run", stderr)
-    assert run(1, [STUDENT, "--resume", "run", "--epochs", "2000"]).returncode == 2  # a run as any
 
 
-def rank_of(pid: str) -> int | None:
-    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    return next((int(x[5:]) for x in environment if x.startswith(b"RANK=")), None)
+def run_here(name: str, *argv: str) -> None:
+    """A script on the one rank that this process is, as tests/two_ranks.py runs it on two."""
+    script = importlib.import_module(name.removeprefix("~"))
+    with pytest.MonkeyPatch.context() as patch:
+        make_divisible(patch, batchnorm=name.startswith("~"))
+        script.main(script.parse_args(argv))
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--batch_size", 15], "error: --batch_size 15 cannot be shared by 2 processes"),
-        (["--sync_bn"], "error: --sync_bn needs GPUs"),
-        (["--run_dir", "."], "error: . is not empty"),
-    ],
-)
-def test_what_is_wrong_is_said_once(flags, message, workdir):
-    Path("mine.txt").touch()
-    done = run(2, [STUDENT], *SMALL, *flags)
-    assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert [line.startswith(message) for line in said] == [True]
-    assert not list(Path().rglob("config.json"))
+def named(run: Sequence[str], name: str, epochs: int = 2) -> list[str]:
+    """`run` with the folder `name` and the network `name`.pth."""
+    return [*run, "--epochs", str(epochs), "--run_dir", name, "--output", f"{name}.pth"]
+
+
+def assert_same_run(one: str, two: str) -> None:
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        for key in a.keys() - {"seconds", "images_per_second"}:
+            assert float(a[key]) == pytest.approx(float(b[key]), rel=1e-4), (two, key)
+    weights, others = (load(Path(f"{name}.pth"))["model"] for name in (one, two))
+    for key in weights:
+        torch.testing.assert_close(
+            weights[key],
+            others[key],
+            rtol=1e-3,
+            atol=1e-5,
+            msg=lambda text, k=key: f"{two} {k}: {text}",
+        )
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_does(workdir, monkeypatch):
+    for name, run in RUNS.items():
+        run_here(*named(run, f"{name} 1"))
+    statistics = ("~main_train_cifar10", *RANDOM_TEACHER, "--limit", "16")
+    run_here(*named(statistics, "statistics 1", epochs=1))
+    evaluations = iter([student_script.evaluate])  # the second epoch finds none
+    monkeypatch.setattr(student_script, "evaluate", lambda *given: next(evaluations)(*given))
+    with pytest.raises(StopIteration):
+        run_here(*named(RUNS["resumed"], "resumed 2"))
+    assert len(metrics("resumed 2")) == 1
+
+    runs = {name: named(run, f"{name} 2") for name, run in RUNS.items()}
+    runs["resumed"] = ["main_train_cifar10", "--resume", "resumed 2"]
+    runs["statistics"] = named(statistics, "statistics 2", epochs=1)
+    runs["wrong"] = ["main_train_cifar10", *RANDOM_TEACHER, "--batch_size", "15"]
+    two = job(DRIVER, json.dumps(list(runs.values())))
+    stdout, stderr = two.communicate()
+    said = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert said == ["error: --batch_size 15 cannot be shared by 2 processes"], stderr
+    assert two.returncode != 0
+    assert not Path("runs").exists()  # where the wrong one would be
+    assert stdout.count("epoch 2/2") == len(RUNS)  # rank 0 alone prints
+    for name in RUNS:
+        assert_same_run(f"{name} 1", f"{name} 2")
+    parts = read_config(Path("resumed 2"))["parts"]
+    assert [part["hardware"].startswith("2 x ") for part in parts] == [False, True]
+
+    # After one step the mean over two halves is that over the whole batch.
+    one, both = (load(Path(f"statistics {ranks}.pth"))["model"] for ranks in (1, 2))
+    first = next(key for key in one if key.endswith("running_mean"))
+    assert one[first].abs().max() > 0.01
+    torch.testing.assert_close(one[first], both[first], rtol=1e-4, atol=1e-6)
+
+
+def wait_for_an_epoch(two: subprocess.Popen, folder: str) -> None:
+    while not Path(folder, "metrics.csv").exists():
+        assert two.poll() is None, two.communicate()[1]
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_stopped_job_is_resumed_by_another_number_of_ranks(workdir):
+    run = RUNS["cutmix, average"]
+    two = job(DRIVER, json.dumps([named(run, "two", epochs=8)]))
+    wait_for_an_epoch(two, "two")
+    two.send_signal(signal.SIGTERM)
+    _, stderr = two.communicate()
+    assert two.returncode != 0
+    done = len(metrics("two"))
+    assert 0 < done < 8
+    assert f"stopped after epoch {done} of 8; resume with\ntorchrun --nproc_per_node=2 " in stderr
+    run_here(run[0], "--resume", "two")
+    run_here(*named(run, "one", epochs=8))
+    assert_same_run("one", "two")
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_job_which_can_be_resumed(workdir):
+    two = job(STUDENT, *named(RANDOM_TEACHER, "run", epochs=8))
+    wait_for_an_epoch(two, "run")
+    children = Path(f"/proc/{two.pid}/task/{two.pid}/children").read_text().split()
+    os.kill(next(int(pid) for pid in children if is_rank_one(pid)), signal.SIGKILL)
+    _, stderr = two.communicate(timeout=60)
+    assert two.returncode != 0
+    said = r"(another process of this job has died|stopped after epoch \d+ of 8); resume with\s"
+    command = shlex.split(re.search(rf"{said}(torchrun .*)", stderr)[2])
+    assert command == ["torchrun", "--nproc_per_node=2", STUDENT, "--resume", "run"]
+    assert 0 < len(metrics("run")) < 8
+
+    student_script.main(student_script.parse_args(command[3:]))
+    assert [int(row["epoch"]) for row in metrics("run")] == list(range(1, 9))
+    assert load(Path("run.pth"))["provenance"]["epoch"] == 8
+
+
+def is_rank_one(pid: str) -> bool:
+    return b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
 
 
 # ------------------------------------------------------------------------------ one rank at a time
+
+
+def test_rank_0_alone_looks_for_the_folder_and_has_the_first_word(monkeypatch, workdir):
+    """What stops rank 0 ends the job; others speak up later, if it had nothing to say."""
+    Path("mine.txt").touch()
+    as_rank(monkeypatch, 0, 2)
+    with pytest.raises(UserError, match=r"\. is not empty"):
+        student_script.parse_args(["--run_dir", "."])
+    as_rank(monkeypatch, 1, 2)
+    student_script.parse_args(["--run_dir", "."])
+    waited = []
+    monkeypatch.setattr(errors.time, "sleep", waited.append)
+    with pytest.raises(SystemExit, match="error: rank 1: no disk"), one_line_errors():
+        raise OSError("no disk")
+    assert waited == [5]
+
+
+def test_sync_bn_needs_gpus(monkeypatch):
+    as_rank(monkeypatch, 1, 2)
+    with pytest.raises(UserError, match="--sync_bn needs CUDA GPUs"):
+        pick_device("cpu", "off", sync_batchnorm=True)
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 100])
@@ -133,12 +198,22 @@ def test_every_row_has_one_rank(n, ranks, monkeypatch):
     rows = []
     for rank in range(ranks):
         as_rank(monkeypatch, rank, ranks)
-        rows += range(n)[parallel.own_part(n)]
+        rows += range(n)[parallel.rank_slice(n)]
     assert rows == list(range(n))
 
 
-@pytest.mark.parametrize(("train", "mix"), [(True, "none"), (True, "mixup"), (False, "none")])
-def test_the_parts_of_the_ranks_are_the_batches_of_one(train, mix, monkeypatch):
+@pytest.mark.parametrize(
+    ("train", "how"),
+    [
+        (True, {}),
+        (True, {"augment": "reflect", "seed": 3}),
+        (True, {"augment": "rrc_jitter"}),
+        (True, {"mixup": 0.5}),
+        (True, {"cutmix": 1.0}),
+        (False, {}),
+    ],
+)
+def test_the_parts_of_the_ranks_are_the_batches_of_one(train, how, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (26, 3, 32, 32), dtype=torch.uint8, generator=generator)
     data = ImageSet(images, torch.arange(26) % 10, tuple("abcdefghij"))
@@ -146,7 +221,7 @@ def test_the_parts_of_the_ranks_are_the_batches_of_one(train, mix, monkeypatch):
     def batches(rank: int, ranks: int) -> list:
         as_rank(monkeypatch, rank, ranks)
         torch.manual_seed(1)
-        return list(DeviceLoader(data, 12, "cpu", train, mix=mix))
+        return list(DeviceLoader(data, 12, "cpu", train, **how))
 
     whole, parts = batches(0, 1), [batches(rank, 3) for rank in range(3)]
     for what in (0, 1):
@@ -159,14 +234,17 @@ def test_the_parts_of_the_ranks_are_the_batches_of_one(train, mix, monkeypatch):
             assert torch.equal(together, batch[what])
 
 
-def test_a_rank_that_does_not_lead_touches_nothing(workdir, monkeypatch):
+def test_a_rank_that_does_not_lead_touches_nothing(workdir, monkeypatch, capsys):
     as_rank(monkeypatch, 1, 2)
-    run, (model, optimizer, scheduler) = Run(flags(), "student", {}), parts()
-    with run:
-        assert not run.record(row(1, 50.0), checkpoint(model), optimizer, scheduler)
-        with pytest.raises(UserError, match="stopped after epoch 2: its training loss is nan"):
-            run.record(row(2, 50.0, math.nan), checkpoint(model), optimizer, scheduler)
-        run.finish(checkpoint(model), [50.0, 50.0])
+    monkeypatch.setattr(parallel, "broadcast", lambda value: value)  # nothing to restore
+    with make_run() as run:
+        epochs = run.epochs()
+        assert next(epochs) == 1
+        run.log(row(50.0))
+        assert next(epochs) == 2
+        with pytest.raises(UserError, match="stopped after epoch 2: its train_loss is nan"):
+            run.log(row(50.0, math.nan))
+        run.finish()
     assert not any(workdir.iterdir())
 
 
