@@ -62,6 +62,7 @@ def resume(script, folder: str | Path, *argv: str | Path) -> None:
 
 
 @pytest.mark.draws
+@pytest.mark.slow
 def test_a_resnet18_and_its_student(workdir, capsys):
     """The published network, and every file that a run leaves, beside its exported weights."""
     network = ("--arch", "resnet18", "--stem", "imagenet")
