@@ -332,6 +332,8 @@ def check_batch_size(batch_size: int, images: int) -> None:
     """Errors: UserError if the ranks of a job cannot fill one training batch, equally."""
     if batch_size > images:
         raise UserError(f"--batch_size {batch_size} is more than the {images} training images")
+    if batch_size < 2 * parallel.world_size():
+        raise UserError(f"--batch_size {batch_size}: BatchNorm needs two images in every process")
     if batch_size % parallel.world_size():
         raise UserError(
             f"--batch_size {batch_size} cannot be shared by {parallel.world_size()} processes"

@@ -128,6 +128,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         dense = value.layout == torch.strided and not value.is_meta and not value.is_nested
         if not dense or not (value.is_floating_point() or value.dtype == torch.int64):
             raise UserError(f"{path}: {key} is not a dense tensor of real numbers")
+        if not value.float().isfinite().all():
+            raise UserError(f"{path}: {key} holds a number that is not finite")
     around = {} if weights is checkpoint else checkpoint
     return {re.sub(r"^((module|_orig_mod)\.)+", "", key): weights[key] for key in weights}, around
 

@@ -586,6 +586,10 @@ def test_a_batch_that_ranks_cannot_share_is_refused(monkeypatch):
     as_rank(monkeypatch, 0, 2)
     with pytest.raises(UserError, match="--batch_size 15 cannot be shared by 2 processes"):
         DeviceLoader(made_set(50), 15, "cpu", train=True)
+    for batch_size in (2, 3):
+        with pytest.raises(UserError, match="BatchNorm needs two images in every process"):
+            DeviceLoader(made_set(50), batch_size, "cpu", train=True)
+    assert len(DeviceLoader(made_set(50), 4, "cpu", train=True)) == 12
 
 
 # ------------------------------------------------------------------------------- images held out

@@ -274,6 +274,19 @@ def test_a_tensor_that_is_not_a_plain_one_is_refused(kind, say, tmp_path):
     assert str(stop.value).startswith(str(tmp_path / "model.pth"))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e300])
+def test_a_network_that_is_not_finite_is_refused(value, tmp_path):
+    """Its student would learn NaN; a float64 of 1e300 is infinite in float32."""
+    checkpoint = to_checkpoint(build_model("wrn_16_1").double(), CLASSES)
+    checkpoint["model"]["fc.bias"][3] = value
+    torch.save(checkpoint, tmp_path / "model.pth")
+    message = r"model.pth: fc.bias holds a number that is not finite"
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path / "model.pth")
+    with pytest.raises(UserError, match=message):
+        init_from(build_model("wrn_16_1"), str(tmp_path / "model.pth"))
+
+
 def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     path = tmp_path / "model.pth"
     with pytest.raises(UserError, match="there is no weight file"):
