@@ -2,9 +2,9 @@
 
 import hashlib
 import os
+import re
 import sys
 import urllib.error
-import urllib.parse
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
@@ -16,13 +16,13 @@ from tqdm import tqdm
 from experiment.errors import UserError
 from experiment.files import load, temporary_beside
 
-SCHEMES = ("https", "http", "file")
+SCHEMES = ("https://", "http://", "file://")
 TIMEOUT = 30  # seconds without an answer
 
 
 def is_url(source: str) -> bool:
     """Whether `source` is the address of a weight file, and not its path."""
-    return urllib.parse.urlsplit(source).scheme in SCHEMES and "://" in source
+    return source.lower().startswith(SCHEMES)
 
 
 def local_file(source: str) -> Path:
@@ -36,7 +36,7 @@ def local_file(source: str) -> Path:
     if not is_url(source):
         return Path(source)
     url, _, expected = source.partition("#sha256=")
-    name = Path(urllib.parse.urlsplit(url).path).name or "weights"
+    name = re.split("[?#]", url)[0].rpartition("/")[2] or "weights"
     tag = hashlib.sha256(url.encode()).hexdigest()[:16]
     path = Path(torch.hub.get_dir(), "checkpoints", f"{tag}-{name}"[-200:])
     if path.is_file():

@@ -109,6 +109,16 @@ def test_a_server_that_is_not_there_is_one_line(tmp_path, monkeypatch):
         local_file("http://127.0.0.1:9/w.pth")
 
 
+@pytest.mark.parametrize(
+    "url", ["http://[", "http://[::1/w.pth", "http://", "https:///w", "file://", "http://a b/é"]
+)
+def test_an_address_that_is_none_is_one_line(url, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        local_file(url)
+    assert cached(tmp_path) == []
+
+
 def test_a_file_address_works_and_a_path_stays_a_path(weights, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     (tmp_path / "w.pth").write_bytes(weights)
