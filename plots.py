@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from data import ImageSet
 from experiment import flags
 from experiment.errors import UserError, one_line_errors
-from experiment.files import atomic_write
+from experiment.files import atomic_write, check_regular
 
 Metrics = dict[str, list[float]]
 # What was trained is told by a column of the CSV. Its meaning, and the training loss beside it:
@@ -86,6 +86,7 @@ def read_metrics(folder: str | Path, classifier: bool = True) -> Metrics:
 @contextmanager
 def _reading(path: Path) -> Iterator[list[dict[str, str]] | dict[str, np.ndarray]]:
     """The rows of a .csv, or the arrays of an .npz. Whatever fails in the block is a UserError."""
+    check_regular(path)
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
@@ -272,9 +273,11 @@ def _kind(metrics: Metrics) -> str:
 
 
 def _teacher_accuracy(folder: str) -> float | None:
+    path = Path(folder) / "config.json"
     try:
-        return float(json.loads((Path(folder) / "config.json").read_text())["teacher_accuracy"])
-    except (OSError, ValueError, TypeError, KeyError):  # a teacher's own run, or a CSV alone
+        check_regular(path)
+        return float(json.loads(path.read_text())["teacher_accuracy"])
+    except (UserError, OSError, ValueError, TypeError, KeyError):  # a teacher's, or a CSV alone
         return None
 
 
@@ -323,6 +326,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"{output} is a file: the pictures need a folder")
     if output.resolve() not in [Path(run).resolve() for run in args.runs]:
         for path in (output / name for name in (PICTURES if single else PICTURES[:2])):
+            check_regular(path)
             if path.exists() and MARK.encode() not in path.read_bytes():
                 raise UserError(f"{path} is not {MARK}: move it, or name another --output")
     paths = plot_run(args.runs[0], output) if single else plot_runs(args.runs, output)

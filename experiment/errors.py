@@ -59,8 +59,14 @@ def _exit_for_memory(error: Exception) -> NoReturn:
     _exit(f"{first} Try a smaller --batch_size.")
 
 
+def one_line(message: str) -> str:
+    """The message without line breaks, and without the middle of what fills screens."""
+    line = " ".join(message.split())
+    return line if len(line) <= 4000 else f"{line[:3000]} [...] {line[-900:]}"
+
+
 def _exit(message: str) -> NoReturn:
     if not parallel.is_rank_zero():
         time.sleep(5)  # rank 0 most likely reports the same, and torchrun then ends this process
         message = f"rank {parallel.rank()}: {message}"
-    sys.exit("error: " + " ".join(message.split()))
+    sys.exit("error: " + one_line(message))

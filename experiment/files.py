@@ -105,6 +105,12 @@ def _set_aside(path: Path) -> Path | None:
             raise
 
 
+def check_regular(path: Path) -> None:
+    """Errors: UserError if `path` is a FIFO, a device or a folder: reading it may never end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file")
+
+
 def _serialised(state: dict) -> memoryview:
     buffer = io.BytesIO()  # writing to a file, torch.save hides that the disk is full
     torch.save(state, buffer)

@@ -21,7 +21,7 @@ import torchvision
 from experiment import flags, parallel
 from experiment.device import hardware
 from experiment.errors import UserError
-from experiment.files import atomic_write, load
+from experiment.files import atomic_write, check_regular, load
 
 try:
     import fcntl
@@ -81,6 +81,7 @@ def is_new(args: Namespace) -> bool:
 def read_config(folder: Path) -> dict:
     """The config.json of a run. Errors: UserError when `folder` is not one, or an older one."""
     path = folder / "config.json"
+    check_regular(path)
     try:
         text = path.read_text(encoding="utf-8")
         config = json.loads(text, parse_constant=_refuse)
@@ -203,6 +204,7 @@ def made_by(path: Path) -> str | None:
 
 def lock(folder: Path) -> BinaryIO:
     """Keep other processes out of `folder` while the file is open: until this process is gone."""
+    check_regular(folder / LOCK)
     file = open(folder / LOCK, "ab")  # noqa: SIM115
     try:
         if fcntl:

@@ -9,6 +9,8 @@ from typing import NoReturn
 
 import torch
 
+from experiment.errors import one_line
+
 
 class Parser(argparse.ArgumentParser):
     """Takes no abbreviated flags, and reports an error in one line.
@@ -31,8 +33,8 @@ class Parser(argparse.ArgumentParser):
         self.needs.append((flag, needs, has))
 
     def error(self, message: str) -> NoReturn:
-        line = " ".join(f"error: {self.source}{message} (--help lists the flags)".split())
-        self.exit(2, line + "\n")
+        message = one_line(f"{self.source}{message} (--help lists the flags)")
+        self.exit(2, f"error: {message}\n")
 
 
 def int_in(low: int, high: int) -> Callable[[str], int]:

@@ -117,6 +117,8 @@ class Run:
         self.config = read_config(self.folder)
         check_parts(self.config, self.folder)
         check_output(self.output, self.folder)
+        if (self.folder / "metrics.csv").exists() and not (self.folder / "last.pt").exists():
+            raise UserError(f"{self.folder} cannot be resumed: it has epochs, but no last.pt")
         self.lock = lock(self.folder)
         for key, value in must_match.items():
             was = self.config.get(key)

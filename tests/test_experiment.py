@@ -381,11 +381,31 @@ def test_a_config_without_what_a_run_needs_is_refused(lost, stopped):
         resumed(stopped)
 
 
+@pytest.mark.parametrize("link", [None, "nowhere", "last.pt"])
+def test_the_record_of_a_run_without_its_checkpoint_is_not_trained_over(link, stopped):
+    """As those in results/ are."""
+    (stopped / "last.pt").unlink()
+    if link:
+        (stopped / "last.pt").symlink_to(link)
+    before = (stopped / "metrics.csv").read_bytes()
+    with pytest.raises(UserError, match=r"it has epochs, but no last\.pt"):
+        resumed(stopped)
+    assert (stopped / "metrics.csv").read_bytes() == before
+
+
 def test_a_config_of_an_older_version_names_its_commit(stopped):
     config = {"kind": "student", "git_commit": "f94fdf4", "args": {}}
     (stopped / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"format 1 of another version.*the commit .*f94fdf4"):
         read_config(stopped)
+
+
+@pytest.mark.parametrize("name", ["config.json", ".lock", "last.pt"])
+def test_a_fifo_is_refused_and_never_waited_for(name, stopped):
+    (stopped / name).unlink()
+    os.mkfifo(stopped / name)
+    with pytest.raises(UserError, match=rf"{name}"), resumed(stopped) as made:
+        log(made, 50.0)
 
 
 def test_nested_json_is_no_traceback(stopped):

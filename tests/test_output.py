@@ -11,6 +11,7 @@ from conftest import as_rank, log, make_run, row
 
 from experiment import errors, parallel, progress
 from experiment.errors import UserError, one_line_errors
+from experiment.parser import Parser
 from experiment.progress import FORECAST_AFTER, Progress
 from experiment.streams import LOST, steady_output
 from models import read_weights
@@ -32,6 +33,18 @@ def test_what_a_user_can_put_right_is_one_line(error, code):
     with pytest.raises(SystemExit) as stop, one_line_errors():
         raise error
     assert stop.value.code == code
+
+
+def test_a_line_does_not_fill_screens(capsys):
+    """The name of a network in a file of others, say, or a value in a config.json."""
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        raise UserError(f"teacher.pth: {'a' * 10**6} is not known")
+    assert len(stop.value.code) < 4000
+    assert stop.value.code.startswith("error: teacher.pth: aaa")
+    assert stop.value.code.endswith("aaa is not known")
+    with pytest.raises(SystemExit):
+        Parser("").error("a" * 10**6)
+    assert len(capsys.readouterr().err) < 4000
 
 
 def test_a_lack_of_memory_on_a_cpu_is_one_line():

@@ -374,6 +374,24 @@ def test_in_the_folder_of_a_run_any_picture_is_replaced(student, workdir, figure
     assert (student / "mistakes.png").read_bytes() != b"another"
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "per_class.csv", "mistakes.npz"])
+def test_a_fifo_among_the_tables_is_named_and_never_waited_for(name, student):
+    (student / name).unlink()
+    os.mkfifo(student / name)
+    with pytest.raises(UserError, match=name):
+        plot_run(student)
+
+
+def test_a_fifo_elsewhere_is_not_waited_for_either(student, workdir, figures):
+    (student / "config.json").unlink(missing_ok=True)
+    os.mkfifo(student / "config.json")
+    plot_run(student)
+    (workdir / "others").mkdir()
+    os.mkfifo(workdir / "others" / "mistakes.png")
+    with pytest.raises(UserError, match=r"others/mistakes\.png is not a regular file"):
+        plots.main(plots.parse_args(["student", "--output", "others"]))
+
+
 def test_an_output_that_is_a_file_is_refused(student, workdir):
     (workdir / "comparison").write_text("mine")
     for argv in (["student", "--output", "comparison"], ["student", "student"]):
