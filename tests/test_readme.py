@@ -1,42 +1,106 @@
-"""What the README and docs/ say can be done can be done, and what they name is there."""
+"""What the pages and the docstrings say can be done can be done, and what they name is there."""
 
+import functools
+import importlib
+import io
+import os
 import re
 import shlex
+import subprocess
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-import speed
 import torch
 from conftest import REPOSITORY
 
 import fine_tune_teacher_cifar10 as teacher_script
 import main_train_cifar10 as student_script
-import plots
 from data import CLASSES
 from experiment import folder
-from imagenet import main_train_imagenet as imagenet_script
 from models import build_model, to_checkpoint
-from synthetic_data import generate, measure, train_diffusion
 
 README = (REPOSITORY / "README.md").read_text()
 PAGES = {
-    path: path.read_text()
-    for pattern in ("*.md", "docs/*.md", "imagenet/*.md", "synthetic_data/*.md", "weights/*.md")
+    path.relative_to(REPOSITORY): path.read_text()
+    for pattern in (
+        *("*.md", "docs/*.md", "imagenet/*.md", "synthetic_data/*.md", "weights/*.md"),
+        *("results/*.md", "results/*/*.md"),
+    )
     for path in sorted(REPOSITORY.glob(pattern))
 }
+
+
+def has_flags(path: Path) -> bool:
+    return "def parse_args(" in path.read_text() and "__main__" in path.read_text()
+
+
 SCRIPTS = {
-    "fine_tune_teacher_cifar10.py": teacher_script,
-    "main_train_cifar10.py": student_script,
-    "imagenet/main_train_imagenet.py": imagenet_script,
-    "plots.py": plots,
-    "benchmarks/speed.py": speed,
-    "synthetic_data/generate.py": generate,
-    "synthetic_data/measure.py": measure,
-    "synthetic_data/train_diffusion.py": train_diffusion,
+    str(path.relative_to(REPOSITORY))
+    for pattern in (
+        "*.py",
+        "benchmarks/*.py",
+        "imagenet/*.py",
+        "scripts/*.py",
+        "synthetic_data/*.py",
+    )
+    for path in REPOSITORY.glob(pattern)
+    if has_flags(path)
 }
-START = r"^ *!?(?:python|torchrun --nproc_per_node=\d) "
-TEXT = "\n".join([*PAGES.values(), *(s.__doc__.replace("\\\n", " ") for s in SCRIPTS.values())])
-COMMANDS = sorted(set(re.findall(START + r"(\S+\.py\b.*?)\s*(?:#.*)?$", TEXT, re.MULTILINE)))
+
+
+def module(script: str) -> ModuleType:
+    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
+
+
+def docstring(script: str) -> str:
+    return re.search(r'"""(.*?)"""', (REPOSITORY / script).read_text(), re.DOTALL)[1]
+
+
+# A command has a line of its own, or stands in backticks. What is in <angle brackets>, and a
+# variable of the shell, is for the reader to fill in.
+COMMAND = r"!?(?:[A-Z_]+=\S+ )*(?:python|torchrun --nproc_per_node[= ]\d) (\S+\.py\b%s)"
+
+
+def commands(text: str) -> set[str]:
+    text = text.replace("\\\\\n", " ").replace("\\\n", " ")
+    found = re.findall("^ *" + COMMAND % r".*?" + r"\s*(?:#.*)?$", text, re.MULTILINE)
+    found += re.findall("`" + COMMAND % r"[^`]*" + "`", text)
+    return {line.strip() for line in found}
+
+
+def parse(command: str) -> None:
+    """Let a script check the flags of a command that starts it.
+
+    Of a command that ends in "...", all of them have to exist; of a script without flags, itself.
+    """
+    filled = re.sub(r"<[^>]*>", "something", command.replace("$seed", "0").replace("$amp", "off"))
+    script, *argv = shlex.split(filled)
+    if script not in SCRIPTS:
+        assert (REPOSITORY / script).exists()
+    elif "..." in argv:
+        assert {word for word in argv if word.startswith("--")} <= known_flags(script)
+    else:
+        module(script).parse_args(argv)
+
+
+@functools.cache
+def known_flags(script: str) -> set[str]:
+    """All flags that are in the --help of a script."""
+    said = io.StringIO()
+    with redirect_stdout(said), suppress(SystemExit):
+        module(script).parse_args(["--help"])
+    return set(re.findall(r"--\w+", said.getvalue()))
+
+
+def stopped(path: Path) -> dict:
+    """The config.json of a run in the folder NAME-001."""
+    name = path.name.rpartition("-")[0]
+    return {"name": name, "format": folder.FORMAT, "args": {"epochs": 3}}
+
+
+COMMANDS = sorted(set.union(*map(commands, [*PAGES.values(), *map(docstring, SCRIPTS)])))
 
 
 def test_the_readme_is_a_landing_page():
@@ -53,41 +117,115 @@ def test_the_two_published_commands_are_there_and_are_the_defaults():
         assert script.parse_args(shlex.split(command)[1:]) == script.parse_args([])
 
 
+def test_commands_are_found():
+    """In a line, in backticks, in a notebook, with a comment, a variable, and over two lines."""
+    page = """
+    python plots.py A B    # a comment
+    !python plots.py A
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node=8 imagenet/main_train_imagenet.py
+    python main_train_cifar10.py --epochs 1 \\
+        --limit 5
+    see `python benchmarks/speed.py --quick`, or `!torchrun --nproc_per_node 2 a/b.py ...`
+    a python or a b.py is none
+    """
+    assert commands(page) == {
+        *("plots.py A B", "plots.py A", "imagenet/main_train_imagenet.py"),
+        *("benchmarks/speed.py --quick", "a/b.py ..."),
+        "main_train_cifar10.py --epochs 1          --limit 5",
+    }
+    assert len(COMMANDS) > 40
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_parses(command, monkeypatch):
-    script, *argv = shlex.split(command)
-    if script not in SCRIPTS:
-        assert (REPOSITORY / script).exists()
-        return
-    name = "teacher" if "teacher" in script else "student"
-    stopped = {"name": name, "format": folder.FORMAT, "args": {"epochs": 3}}
-    monkeypatch.setattr(folder, "read_config", lambda _: stopped)
-    SCRIPTS[script].parse_args(argv)
+def test_every_command_parses(command, workdir, monkeypatch):
+    monkeypatch.setattr(folder, "read_config", stopped)
+    parse(command)
+
+
+EXPERIMENTS = [
+    *("best.sh 0", "controls.sh teacher.pth 0", "cpu.sh 0", "demo.sh", "fidelity.sh"),
+    *("fidelity.sh toy", "findings.sh teacher.pth 0", "pairs.sh 0", "reproduce.sh imagenet 0"),
+    "search.sh teacher.pth 0",
+]
+# Instead of Python: notes its arguments, and makes the folder that variants.py would.
+STUB = """#!/usr/bin/env bash
+printf '%q ' "$@" >> "$LOG"
+echo >> "$LOG"
+if [[ $1 == *variants.py ]]; then mkdir -p "${@: -1}"; touch "${@: -1}"/{1..50}.jpg; fi
+"""
+
+
+def test_every_experiment_is_known():
+    sourced, others = {"environment.sh", "once.sh"}, {"test.sh"}
+    names = {path.name for path in (REPOSITORY / "scripts").glob("*.sh")}
+    assert names == {command.split()[0] for command in EXPERIMENTS} | sourced | others
+
+
+@pytest.mark.parametrize("command", EXPERIMENTS)
+def test_every_command_of_an_experiment_parses(command, workdir):
+    """Each of scripts/*.sh is run, with something in place of Python that notes the commands."""
+    script, *argv = command.split()
+    (workdir / "scripts").symlink_to(REPOSITORY / "scripts")
+    python = workdir / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(STUB)
+    python.chmod(0o755)
+    (workdir / "data" / "cifake_train_fake").mkdir(parents=True)
+    for path in REPOSITORY.glob("requirements*.txt"):
+        (workdir / path.name).touch()
+    environment = {**os.environ, "LOG": str(workdir / "log"), "DMKD_DATA": str(workdir / "data")}
+    shell = ["bash", f"{workdir}/scripts/{script}", *argv]
+    subprocess.run(shell, cwd=workdir, env=environment, capture_output=True)
+    lines = (workdir / "log").read_text().splitlines()
+    started = [line for line in lines if not line.startswith("-m pip")]
+    calls = r"^ *(?:python|once|student|pair|on_variant|images|measures|students) [^(]"
+    text = (REPOSITORY / "scripts" / script).read_text()
+    assert len(started) >= len(re.findall(calls, text, re.MULTILINE)) - 1 > 0
+    for line in started:
+        parse(line)
 
 
 def test_the_cpu_recipe_is_the_one_of_its_script():
-    """The two lines for those without bash start the same runs as scripts/cpu.sh."""
+    """The lines for those without bash start the same runs as scripts/cpu.sh."""
     shell = (REPOSITORY / "scripts" / "cpu.sh").read_text()
     common = re.search(r'^airbench="(.*?)"$', shell, re.MULTILINE | re.DOTALL)[1].split()
     common = common[: common.index("--data_dir")]
     for script, kept in ((teacher_script, "fine_tune"), (student_script, "main_train")):
-        line = next(c for c in COMMANDS if c.startswith(kept) and "muon" in c)
+        lines = [c for c in COMMANDS if c.startswith(kept) and "muon" in c]
+        assert lines
         started = re.search(rf"{kept}\S+ (.*?) \\\n(.*?)\$airbench", shell, re.DOTALL)
         words = re.sub(r"\\\n", " ", f"{started[1]} {started[2]}").split()
         pairs = dict(zip(words[::2], words[1::2], strict=True))
         for flag in ("--seed", "--teacher_weights", "--synthetic_data_dir"):
             pairs.pop(flag, None)
         argv = [*common, *(word for pair in pairs.items() for word in pair)]
-        given = vars(script.parse_args(shlex.split(line)[1:]))
         expected = vars(script.parse_args(argv))
-        given.pop("output"), expected.pop("output")
-        assert given == expected
+        for line in lines:
+            given = vars(script.parse_args(shlex.split(line)[1:]))
+            names = [name for name in given if name not in ("output", "teacher_weights")]
+            assert [given[name] for name in names] == [expected[name] for name in names], line
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_what_a_page_links_to_is_there(page: Path):
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_what_a_page_links_to_is_there(page):
     for link in re.findall(r"\]\((?!http|#)([^)#]+)[^)]*\)", PAGES[page]):
-        assert (page.parent / link).exists(), link
+        assert (REPOSITORY / page.parent / link).exists(), link
+    for heading in re.findall(r"\]\(#([^)]+)\)", PAGES[page]):
+        titles = re.findall(r"^#+ (.*)", PAGES[page], re.MULTILINE)
+        assert heading in [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]
+
+
+PATH = r"`((?:docs|experiment|networks|imagenet|synthetic_data|scripts|benchmarks|tests)/[\w./]+)`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_the_files_and_flags_that_a_page_names_are_there(page):
+    for path in re.findall(PATH, PAGES[page]):
+        assert (REPOSITORY / path).exists() or "cifake_train_fake" in path, path
+    if page.parts[0] != "results":  # whose commits may have had other flags
+        named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", PAGES[page]))
+        foreign = {"--index-url", "--nproc_per_node", "--shm-size"}
+        assert named <= foreign.union(*map(known_flags, SCRIPTS))
 
 
 def test_the_files_it_lists_are_there():
@@ -99,10 +237,13 @@ def test_the_files_it_lists_are_there():
 
 
 def test_the_scripts_it_starts_exist_and_can_be_run():
-    scripts = set(re.findall(r"bash (scripts/\S+\.sh)", TEXT))
+    text = "\n".join(PAGES.values())
+    scripts = set(re.findall(r"bash (scripts/\S+\.sh)", text))
     assert {"scripts/demo.sh", "scripts/test.sh", "scripts/cpu.sh"} <= scripts
     for script in scripts:
         assert (REPOSITORY / script).stat().st_mode & 0o111, script
+    for path in re.findall(r"-m pytest .*?(tests/\w+\.py)", text):
+        assert (REPOSITORY / path).exists(), path
 
 
 def test_the_flags_it_lists_exist():
@@ -115,7 +256,7 @@ def test_the_flags_it_lists_exist():
 
 
 def test_the_columns_that_are_explained_are_the_columns_there_are(workdir, demo_teacher):
-    columns = PAGES[REPOSITORY / "docs" / "metrics.md"].split("column of `metrics.csv`")[1]
+    columns = PAGES[Path("docs/metrics.md")].split("column of `metrics.csv`")[1]
     explained = re.findall(r"^\| `(\w+)` \|", columns, re.MULTILINE)
     header = (demo_teacher.parent / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
     student = "train_agreement train_label_accuracy val_kd_loss val_agreement".split()
