@@ -32,6 +32,18 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(workdir):
     assert os.listdir(workdir) == ["file"]
 
 
+def test_on_a_full_disk_the_network_that_was_there_stays(workdir, monkeypatch):
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    Path("student.pth").write_text("old")
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(UserError, match=r"student\.pth cannot be written: No space left"):
+        save_without_overwriting(Path("student.pth"), {"a": 1})
+    assert Path("student.pth").read_text() == "old"
+    assert os.listdir(workdir) == ["student.pth"]
+
+
 def test_a_file_is_private_until_it_is_whole(workdir):
     before = os.umask(0o022)
     try:
