@@ -10,9 +10,9 @@ import pytest
 import torch
 from test_bad_input import fails
 
-from data import CLASSES, load_cifar10
-from experiment import save
-from models import build_model, to_checkpoint
+from data import CLASSES, load_cifake, load_cifar10, normalize
+from experiment.files import save
+from models import build_model, load_model, to_checkpoint
 from synthetic_data import measure
 
 
@@ -29,8 +29,13 @@ def test_what_is_measured(argv, monkeypatch, capsys):
     measure.main(measure.parse_args(argv))
     measures = json.loads(Path("out/measures.json").read_text())
     assert measures["count"] == 40
-    assert 0 <= measures["teacher_accuracy"] <= 100
-    assert 10 <= measures["confidence"] <= 100
+    made, teacher = load_cifake(argv[0]), load_model("teacher.pth").eval()
+    with torch.no_grad():
+        probabilities = teacher(normalize(made.images)).softmax(1)
+    right = (probabilities.argmax(1) == made.labels).sum().item()
+    assert measures["teacher_accuracy"] == pytest.approx(100 * right / 40)
+    confidence = 100 * probabilities.amax(1).mean().item()
+    assert measures["confidence"] == pytest.approx(confidence, rel=1e-4)
     real = load_cifar10(argv[-3], train=True).images.double().transpose(0, 1).flatten(1)
     assert measures["mean_of_cifar10"] == pytest.approx(real.mean(1).tolist())
     assert measures["std_of_cifar10"] == pytest.approx(real.std(1).tolist(), rel=1e-4)
