@@ -131,7 +131,10 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         if not value.float().isfinite().all():
             raise UserError(f"{path}: {key} holds a number that is not finite")
     around = {} if weights is checkpoint else checkpoint
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", key): weights[key] for key in weights}, around
+    plain = {re.sub(r"^((module|_orig_mod)\.)+", "", key): weights[key] for key in weights}
+    if len(plain) < len(weights):
+        raise UserError(f"{path} holds two networks: some names come with and without module.")
+    return plain, around
 
 
 def load_model(path: str | Path, **expected: int | list[str]) -> nn.Module:

@@ -35,10 +35,11 @@ def local_file(source: str) -> Path:
     """
     if not is_url(source):
         return Path(source)
-    url, _, expected = source.partition("#sha256=")
+    url, asked, expected = source.partition("#sha256=")
+    expected = expected if asked else None  # an empty one matches no file
     name = re.split("[?#]", url)[0].rpartition("/")[2] or "weights"
-    tag = hashlib.sha256(url.encode()).hexdigest()[:16]
-    path = Path(torch.hub.get_dir(), "checkpoints", f"{tag}-{name}"[-200:])
+    tag = hashlib.sha256(os.fsencode(url)).hexdigest()[:16]
+    path = Path(torch.hub.get_dir(), "checkpoints", f"{tag}-{name[-50:]}")  # 255 bytes at most
     if path.is_file():
         _check_sha256(path, url, expected)
     else:
@@ -65,10 +66,10 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _check_sha256(path: str | Path, url: str, expected: str) -> None:
+def _check_sha256(path: str | Path, url: str, expected: str | None) -> None:
     found = sha256(path)
-    if expected and found != expected.lower():
-        raise UserError(f"{url} has the SHA-256 {found}, not {expected}")
+    if expected is not None and found != expected.lower():
+        raise UserError(f"{url} has the SHA-256 {found}, not {expected!r}")
 
 
 def _download(url: str, file: BinaryIO) -> None:

@@ -78,8 +78,9 @@ def test_files_of_one_name_from_two_addresses_are_two(hub, tmp_path):
 def test_the_hash_in_the_address_is_checked_also_in_the_cache(hub, weights, tmp_path):
     address, _ = hub
     url, good = f"{address}/one/w.pth", hashlib.sha256(weights).hexdigest()
-    with pytest.raises(UserError, match="SHA-256"):
-        local_file(f"{url}#sha256={'0' * 64}")
+    for wrong in ("0" * 64, good[:63], ""):  # the last one of a shell's variable that is not set
+        with pytest.raises(UserError, match=f"SHA-256 {good}, not '{wrong}'"):
+            local_file(f"{url}#sha256={wrong}")
     assert cached(tmp_path) == []
     assert local_file(f"{url}#sha256={good.upper()}").is_file()
     with pytest.raises(UserError, match="SHA-256"):
@@ -117,6 +118,17 @@ def test_an_address_that_is_none_is_one_line(url, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot be downloaded"):
         local_file(url)
     assert cached(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["x" * 250, "é" * 120, b"\xff".decode(errors="surrogateescape")])
+def test_a_name_of_any_length_and_bytes(name, weights, tmp_path, monkeypatch):
+    """Two files of one long name from two folders are two, too."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    for number in ("1", "2"):
+        (tmp_path / number).mkdir()
+        (tmp_path / number / name).write_bytes(weights)
+        assert local_file(f"file://{tmp_path / number / name}").read_bytes() == weights
+    assert len(cached(tmp_path)) == 2
 
 
 def test_a_file_address_works_and_a_path_stays_a_path(weights, tmp_path, monkeypatch):

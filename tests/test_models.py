@@ -173,6 +173,12 @@ def test_a_state_dict_is_known_however_it_was_stored(name, tmp_path):
         assert value.dtype == STATE[key].dtype
 
 
+def test_of_two_networks_in_a_file_none_is_taken_by_chance(tmp_path):
+    torch.save({**STATE, **OTHER_SHAPES["DataParallel"]}, tmp_path / "model.pth")
+    with pytest.raises(UserError, match=r"model\.pth holds two networks"):
+        load_model(tmp_path / "model.pth")
+
+
 def test_every_architecture_is_known_again_by_its_shapes(candidates):
     for arch in models.ARCHITECTURES:
         for stem in models.STEMS if arch in models.CIFAR_STEMS else ("cifar",):
