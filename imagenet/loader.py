@@ -222,8 +222,8 @@ class FolderLoader:
     def _decoded(self) -> Iterator[tuple[Tensor, Tensor]]:
         try:
             for batch in self.loader:
-                if isinstance(batch, UserError):
-                    raise batch
+                if isinstance(batch, UserError):  # raised itself, it would keep the workers alive:
+                    raise UserError(str(batch))  # its traceback leads to a frame that holds it
                 yield batch
         except (RuntimeError, ConnectionError, EOFError) as error:  # of its queue, or its pipe
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):

@@ -1,10 +1,13 @@
 """Views, batches and the check of the data, against torchvision's and on made images."""
 
+import gc
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import loader as benchmark
@@ -238,9 +241,20 @@ def broken(tmp_path) -> ImageFiles:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("train", [True, False])
 def test_a_broken_image_is_named_in_one_line(broken, workers, train):
-    with pytest.raises(UserError, match=r"13/a\.jpg: not an image that can be read") as error:
+    with pytest.raises(UserError, match=r"\A.*13/a\.jpg: not an image that can be read.*\Z"):
         epoch(broken, batch_size=4, workers=workers, train=train)
-    assert "\n" not in str(error.value)
+
+
+def test_after_an_error_no_worker_stays(broken):
+    gc.collect()
+    before = set(multiprocessing.active_children())
+    gc.disable()  # what waits for it may be freed in a worker of another loader, which then fails
+    try:
+        with suppress(UserError):
+            epoch(broken, batch_size=4, workers=2)
+        assert set(multiprocessing.active_children()) <= before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("content", [b"", b"GIF89a", b"\xff\xd8\xff\xe0junk"])
@@ -270,6 +284,7 @@ def test_a_worker_that_is_killed_is_reported(files):
                 os.kill(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_to_all_processes_stops_only_the_one_that_saves(made, number):
     """As from Ctrl-C, or from a cluster: no worker fails first, and the process ends soon."""
