@@ -5,6 +5,7 @@ import itertools
 import os
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -130,7 +131,18 @@ def load(path: str | Path) -> dict:
         raise UserError(f"{path} is not a weight file, or not a safe one ({kind})") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} holds no network: there is no state dict in it")
+    if "run_id" in state and _is_damaged(path):
+        raise UserError(f"{path} is damaged: its content has changed since it was written")
     return state
+
+
+def _is_damaged(path: str | Path) -> bool:
+    """Whether a checksum of what `save` wrote is wrong; torch.load looks at none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is not None
+    except Exception:  # what is damaged may be the archive itself
+        return True
 
 
 def cloned(state):

@@ -148,6 +148,20 @@ def test_a_rename_that_fails_leaves_no_empty_file(workdir):
     assert os.listdir(workdir) == ["student.pth"]
 
 
+def test_a_bit_that_a_disk_has_flipped_is_noticed(workdir):
+    """In the middle of the weights, where it makes another network."""
+    path = Path("last.pt")
+    save(path, {"run_id": "a", "model": {"weight": torch.zeros(1000)}})
+    assert load(path)["model"]["weight"].sum() == 0
+    content = bytearray(path.read_bytes())
+    zeros = content.index(bytes(1000))
+    content[zeros + 503] ^= 0x40
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)["model"]["weight"].sum() != 0
+    with pytest.raises(UserError, match=r"last\.pt is damaged"):
+        load(path)
+
+
 def test_a_file_of_tensors_is_loaded_on_the_cpu_and_runs_no_code(workdir):
     torch.save({"model": torch.nn.Linear(1, 1)}, "code.pth")  # a class is code
     with pytest.raises(UserError, match=r"code\.pth is not a weight file, or not a safe one"):
