@@ -1,19 +1,12 @@
-"""scripts/plot_fidelity.py, on made results, and what scripts/fidelity.sh calls."""
+"""scripts/plot_fidelity.py, on made results; test_readme.py runs scripts/fidelity.sh."""
 
 import json
-import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
-from conftest import REPOSITORY
+import pytest
 
-import fine_tune_teacher_cifar10 as teacher_script
-import main_train_cifar10 as student_script
-from synthetic_data import measure, train_diffusion
-
-SCRIPT = (REPOSITORY / "scripts" / "fidelity.sh").read_text()
+from experiment.errors import UserError
+from scripts import plot_fidelity
 
 
 def student(top: Path, name: str, accuracy: float) -> None:
@@ -38,8 +31,7 @@ def test_table_and_plot(workdir):
     config = {"args": {"guidance_scale": 1.5, "steps": 10}}
     (top / "images" / "g1.5-s10" / "config.json").write_text(json.dumps(config))
     student(top / "counts", "1000-0", 60)
-    script = REPOSITORY / "scripts" / "plot_fidelity.py"
-    subprocess.run([sys.executable, script, top, "out"], check=True)
+    plot_fidelity.main(top, Path("out"))
     table = Path("out/table.md").read_text()
     assert "| g1.5-s10 | 1.5 | 10 | 91.50 | 80.25 |  | expert | 72.00 ± 2.83 | 2 |" in table
     assert "| cifake |  |  | 91.50 | 80.25 |  | expert | 72.00 ± 2.83 | 2 |" in table
@@ -48,17 +40,8 @@ def test_table_and_plot(workdir):
     assert Path("out/fidelity.png").exists()
 
 
-def test_the_flags_of_the_study_parse():
-    parsers = {
-        "generator": train_diffusion,
-        "expert": teacher_script,
-        "beginner": teacher_script,
-        "student": student_script,
-    }
-    sgd = re.search(r'^ +sgd="(.*)"$', SCRIPT, re.MULTILINE)[1]
-    for name, script in parsers.items():
-        found = re.findall(rf'^ +{name}="(--.*)"$', SCRIPT, re.MULTILINE)
-        assert found
-        for line in found:
-            script.parse_args(shlex.split(line.replace("$sgd", sgd)))
-    measure.parse_args(["images", "--output", "out", "--limit", "100", "--neighbours", "24"])
+def test_nothing_is_drawn_before_a_student_is_finished(workdir):
+    Path("fidelity").mkdir()
+    with pytest.raises(UserError, match="no student in fidelity is finished yet"):
+        plot_fidelity.main(Path("fidelity"), Path("out"))
+    assert not Path("out").exists()

@@ -1,6 +1,5 @@
 """imagenet/main_train_imagenet.py from end to end, on made images of four classes."""
 
-import csv
 import json
 import os
 import re
@@ -12,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, TIMES
+from conftest import metrics as all_metrics
 from PIL import Image
 
 from experiment.download import sha256
@@ -62,9 +62,7 @@ def student(*flags) -> None:
 
 def metrics(folder: str | Path) -> list[dict[str, str]]:
     """The rows of metrics.csv without what a clock measured."""
-    with open(Path(folder, "metrics.csv"), newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in all_metrics(folder)]
 
 
 def test_the_published_recipe_is_the_default():
@@ -100,6 +98,7 @@ def test_a_student_learns_from_folders(workdir, tiny, capsys, monkeypatch):
 
 
 def test_it_resumes_bit_for_bit(workdir, tiny, monkeypatch):
+    monkeypatch.setattr(script, "plot_run", lambda folder: None)
     flags = [*tiny, "--cutmix", 1, "--ema", 0.9]
     student(*flags, "--run_dir", "unbroken", "--output", "unbroken.pth")
     epochs = iter([script.train_one_epoch])  # and then none
@@ -120,6 +119,7 @@ def test_it_resumes_bit_for_bit(workdir, tiny, monkeypatch):
     assert all(torch.equal(ours[key], others[key]) for key in others)
 
 
+@pytest.mark.slow
 def test_two_ranks_go_through_it(workdir, tiny):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, str(REPOSITORY / "imagenet" / "main_train_imagenet.py"), *tiny]
@@ -179,9 +179,20 @@ def test_a_mistake_is_reported_before_anything_is_written(flags, message, workdi
     assert not any(workdir.iterdir())
 
 
+def test_only_a_run_of_this_script_is_resumed(workdir, tiny):
+    student(*tiny, "--epochs", 1, "--limit", 20)
+    assert script.parse_args(["--resume", "runs/imagenet-001"]).epochs == 1
+    config = Path("runs/imagenet-001/config.json")
+    config.write_text(config.read_text().replace('"name": "imagenet"', '"name": "student"'))
+    with pytest.raises(UserError, match=r"runs/imagenet-001 .*\bstudent\b.* not .*\bimagenet\b"):
+        script.parse_args(["--resume", "runs/imagenet-001"])
+
+
 def test_every_command_of_its_readme_parses(monkeypatch):
-    stored = {"name": "imagenet", "args": {"epochs": 3}}
-    monkeypatch.setattr("experiment.folder.read_config", lambda folder: stored)
+    def stopped(folder: Path) -> dict:  # its name, as Run makes folders
+        return {"name": folder.name.rpartition("-")[0], "args": {"epochs": 3}}
+
+    monkeypatch.setattr("experiment.folder.read_config", stopped)
     text = (REPOSITORY / "imagenet" / "README.md").read_text() + script.__doc__
     name = r"imagenet/main_train_imagenet\.py"
     commands = re.findall(rf"^ *(?:python|torchrun \S+) {name}(.*?)(?:#.*)?$", text, re.MULTILINE)
