@@ -32,7 +32,7 @@ def pick_device(
     if device.type != "cpu":
         backend = torch.get_device_module(device)
         count = backend.device_count() if backend.is_available() else 0
-        if (device.index or 0) >= count:
+        if not 0 <= (device.index or 0) < count:  # PyTorch reads cuda:999 as cuda:-25
             raise UserError(f"--device {name}: PyTorch finds {count} {device.type} devices here")
     if device.type == "cuda":
         _prepare_cuda(device)

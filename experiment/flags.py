@@ -152,6 +152,9 @@ def add_augmentation_flags(parser: Parser, choices: Sequence[str] = ()) -> None:
             help=f"{name} of every batch, with shares from Beta(ALPHA, ALPHA); 0 for none "
             "[%(default)s]",
         )
+    smallest = "an ALPHA of 0 or from 0.001"  # below, its float32 is 0, of which there is no Beta
+    parser.add_need("mixup", smallest, lambda a: a.mixup == 0 or a.mixup >= 0.001)
+    parser.add_need("cutmix", smallest, lambda a: a.cutmix == 0 or a.cutmix >= 0.001)
     parser.add_need("cutmix", "leaving --mixup out", lambda a: not a.mixup)
 
 

@@ -106,7 +106,9 @@ def _refuse(constant: str) -> NoReturn:  # NaN and Infinity, which are no JSON
 
 
 def check_parts(config: dict, folder: Path) -> None:
-    """Errors: UserError if a config.json lacks what a resumed run reads beside its flags."""
+    """Errors: UserError if `folder` lacks what a resumed run reads beside its flags."""
+    if (folder / "metrics.csv").exists() and not (folder / "last.pt").exists():
+        raise UserError(f"{folder} cannot be resumed: it has epochs, but no last.pt")
     try:
         seconds = [part.get("seconds", 0) for part in config["parts"]]
         names = [part[key] for part in config["parts"] for key in ("precision", "hardware")]

@@ -117,8 +117,6 @@ class Run:
         self.config = read_config(self.folder)
         check_parts(self.config, self.folder)
         check_output(self.output, self.folder)
-        if (self.folder / "metrics.csv").exists() and not (self.folder / "last.pt").exists():
-            raise UserError(f"{self.folder} cannot be resumed: it has epochs, but no last.pt")
         self.lock = lock(self.folder)
         for key, value in must_match.items():
             was = self.config.get(key)
@@ -196,15 +194,17 @@ class Run:
         return max(self.history, key=lambda row: row[self.metric])
 
     def _check(self, row: dict[str, float]) -> None:
-        weights = self.state["model"].state_dict().values()
+        weights, cause = self.state["model"].state_dict().values(), "A too high --lr"
         if not torch.stack([weight.isfinite().all() for weight in weights]).all():
             problem = "the network holds a weight that is not finite"
         elif bad := [key for key, value in row.items() if not math.isfinite(value)]:
             problem = f"its {bad[0]} is {row[bad[0]]}"
+        elif self.history and self.history[0].keys() != {*row, "seconds"}:
+            problem, cause = "those before it have other columns", "Another commit"
         else:
             return
         raise UserError(
-            f"stopped after epoch {row['epoch']}: {problem}. A too high --lr is the likely cause; "
+            f"stopped after epoch {row['epoch']}: {problem}. {cause} is the likely cause; "
             f"{self.folder} keeps the epochs before it"
         )
 
@@ -280,14 +280,11 @@ class Run:
 
     def _export(self) -> Path | None:
         """Write the network to --output; returns the new name of another one that was there."""
-        kept = None
         with self.signals.held():  # until the file stands
             self._stamp()
             state = {**self._checkpoint(), "model": to_cpu(self.state["model"].state_dict())}
-            if made_by(self.output) == self.config["run_id"]:  # which was finished before
-                save(self.output, state)
-            else:
-                kept = save_without_overwriting(self.output, state)
+            again = made_by(self.output) == self.config["run_id"]  # this run was finished before
+            kept = (save if again else save_without_overwriting)(self.output, state)
             self._write_config()
         return kept
 

@@ -279,6 +279,20 @@ def test_a_diverged_epoch_ends_the_run_and_spares_the_last_good_one(value, broke
     assert "nan" not in (made.folder / "metrics.csv").read_text()
 
 
+def test_a_run_does_not_get_other_columns_on_the_way(workdir):
+    """As when it is resumed by a commit that logs more. Its table and its checkpoint stay."""
+    with make_run() as made:
+        log(made, 40.0)
+    with resumed(made.folder) as again:
+        next(again.epochs())
+        with pytest.raises(UserError, match=r"after epoch 2: those before it have other columns"):
+            again.log({**row(50.0), "val_agreement": 3.0})
+    assert len(metrics(made.folder)) == 1
+    with resumed(made.folder) as again:
+        log(again, 50.0)
+    assert len(metrics(made.folder)) == 2
+
+
 def test_a_full_disk_is_one_line_and_spares_the_last_checkpoint(workdir, every_epoch):
     with make_run() as made:
         epochs = made.epochs()
@@ -574,6 +588,14 @@ def test_runs_of_the_same_second_and_name_are_told_apart(workdir, monkeypatch):
 
 
 # --------------------------------------------------------------------------------- seeds, devices
+
+
+@pytest.mark.parametrize("name", ["cuda:2", "cuda:200", "cuda:999"])
+def test_a_gpu_that_is_not_there_is_refused(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=f"--device {name}: PyTorch finds 2 cuda devices here"):
+        pick_device(name, "off")
 
 
 def test_every_epoch_draws_its_own_numbers_from_the_seed():

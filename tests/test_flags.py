@@ -92,6 +92,8 @@ def test_help_shows_every_flag_with_its_default(script, capsys):
         ("--scheduler cosine --gamma 0.2", "--gamma needs --scheduler multistep"),
         ("--warmup 0.1", "--warmup needs --scheduler linear"),
         ("--mixup 1 --cutmix 1", "--cutmix needs leaving --mixup out"),
+        ("--mixup 1e-300", "--mixup needs an ALPHA of 0 or from 0.001"),
+        ("--cutmix 9e-4", "--cutmix needs an ALPHA of 0 or from 0.001"),
         ("--sync_bn", "--sync_bn needs torchrun"),
     ],
 )
