@@ -180,7 +180,7 @@ def refuse_if_used(folder: Path) -> None:
 def check_output(path: Path, folder: Path) -> None:
     """Errors: UserError if the run in `folder` cannot write its network to --output `path`."""
     real, run = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    parent = next(above for above in real.parents if above.exists())
+    parent = next((above for above in real.parents if above.exists()), real)
     name = path.name.casefold()  # some file systems do not tell LAST.PT from last.pt
     in_a_run = real.parent == run or (real.parent / "config.json").exists()
     if len(os.fsencode(path.name)) > LONGEST_NAME:

@@ -89,6 +89,7 @@ def test_the_config_tells_where_a_run_comes_from(workdir):
     [
         ("folder", "not a regular file"),
         (".", "not a regular file"),
+        ("/", "not a regular file"),
         ("/dev/null", "not a regular file"),
         ("fifo", "not a regular file"),
         ("run", "not a regular file"),  # which is a folder before long
