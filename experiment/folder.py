@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import shlex
+import stat
 import subprocess
 import sys
 import time
@@ -191,9 +192,18 @@ def check_output(path: Path, folder: Path) -> None:
         problem = "a run writes a file of that name there itself"
     elif not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         problem = f"{parent} is not a folder that can be written to"
+    elif os.path.lexists(path) and _is_anothers(path):
+        problem = "the file there is another user's, and may not be renamed"
     else:
         return
     raise UserError(f"--output {path} cannot be written: {problem}")
+
+
+def _is_anothers(path: Path) -> bool:
+    """Whether the sticky bit of a folder, as /tmp has it, keeps the file from being moved aside."""
+    file, folder = path.lstat(), path.parent.stat()
+    owners = (0, file.st_uid, folder.st_uid)
+    return bool(folder.st_mode & stat.S_ISVTX) and os.geteuid() not in owners
 
 
 def made_by(path: Path) -> str | None:

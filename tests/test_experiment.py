@@ -121,6 +121,20 @@ def test_an_output_that_cannot_be_written_is_refused_before_training(output, pro
     assert sorted(workdir.rglob("*")) == before
 
 
+def test_another_users_file_in_a_sticky_folder_is_refused_before_training(workdir, monkeypatch):
+    """As in /tmp, where it could be read, but not renamed after the last epoch."""
+    Path("tmp").mkdir()
+    Path("tmp").chmod(0o1777)
+    Path("tmp/out.pth").write_text("theirs")
+    make_run(output=Path("tmp/out.pth"))
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(UserError, match=r"tmp/out\.pth .*the file there is another user's"):
+        make_run(output=Path("tmp/out.pth"))
+    make_run(output=Path("tmp/new.pth"))
+    Path("tmp").chmod(0o777)
+    make_run(output=Path("tmp/out.pth"))
+
+
 def test_a_network_may_lie_in_the_folder_of_its_run(workdir):
     with make_run(run_dir=Path("run"), output=Path("run/new/student.pth"), epochs=1) as made:
         log(made, 40.0)
