@@ -9,7 +9,10 @@ brightness at random, so that a linear classifier on pixels finds next to nothin
 """
 
 import functools
+import os
 import sys
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import ImageSet
+from experiment import flags
 from experiment.errors import UserError, one_line_errors
 from experiment.files import atomic_write
 
@@ -97,14 +101,21 @@ def load_demo(part: str) -> ImageSet:
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), SHAPES)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) != 1:
-        sys.exit(f"usage: python {sys.argv[0]} sheet.png")
-    from torchvision.utils import save_image
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    parser = flags.Parser(__doc__, "SHEET.png")
+    parser.add_argument("sheet", type=Path, metavar="SHEET.png", help="the new picture")
+    args = parser.parse_args(argv)
+    if args.sheet.suffix.lower() != ".png":
+        parser.error(f"{args.sheet} does not end in .png: the sheet is a PNG")
+    return args
 
-    path = Path(argv[0])
-    if path.suffix.lower() != ".png":
-        raise UserError(f"{path} does not end in .png: the sheet is a PNG")
+
+def main(args: Namespace) -> None:
+    from torchvision.utils import save_image  # for the scripts that only draw, it is slow to load
+
+    path = args.sheet
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists: name a new file")
     rows = []
     for style in ("real", "synthetic"):
         images, labels = draw(style, 400, seed=0)
@@ -116,4 +127,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(sys.argv[1:])
+        main(parse_args())

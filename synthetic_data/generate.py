@@ -22,7 +22,7 @@ Not yet run on a GPU, nor with the weights of Stable Diffusion and DiT.
 import hashlib
 import sys
 import tempfile
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,6 +87,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     )
     add(
         "--prompt",
+        type=prompt,
         default="a photograph of {class}",
         metavar="TEXT",
         help="for stable-diffusion; {class} stands for a prompt of the class [%(default)s]",
@@ -132,10 +133,17 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         help="images at a time on a GPU; a CPU makes one at a time [%(default)s]",
     )
     add("--device", type=flags.device, default="auto", help="auto, cpu, cuda, cuda:N [%(default)s]")
-    args = parser.parse_args(argv)
-    if "{class}" not in args.prompt:
-        parser.error("--prompt says nowhere {class}")
-    return args
+    parser.add_need(
+        "prompt", "--pipeline stable-diffusion", lambda args: args.pipeline == "stable-diffusion"
+    )
+    return flags.parse(parser, argv)
+
+
+def prompt(text: str) -> str:
+    """An argparse type: a text with {class} in it."""
+    if "{class}" not in text:
+        raise ArgumentTypeError(f"{text!r} says nowhere {{class}}")
+    return text
 
 
 def main(args: Namespace) -> None:

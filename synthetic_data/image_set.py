@@ -34,7 +34,7 @@ from synthetic_data.classes import Category
 
 # What may differ when a stopped job is resumed: what it runs on, not what it makes. The model and
 # the dtype, which have defaults that depend on other things, are compared apart.
-FREE = ("output", "overwrite", "batch_size", "device", "model", "dtype")
+FREE = ("output", "overwrite", "batch_size", "device", "model", "dtype", "demo")
 # The files of a set, which --overwrite deletes; and what a killed process may leave of one.
 FILES = {
     "images": re.compile(r"([^/]+/)?\d{6}( \(\d+\))?\.png", re.DOTALL),
@@ -154,6 +154,8 @@ def discard(output: Path) -> None:
         raise UserError(f"{output} is no set of images: --overwrite does not delete it")
     folders = [folder for name in FILES if (folder := output / name).is_dir()]
     for folder in folders:
+        if folder.is_symlink():
+            raise UserError(f"{folder} leads to another place: --overwrite keeps all of it")
         for file in existing(folder):
             if not FILES[folder.name].fullmatch(file):
                 raise UserError(f"{folder / file} is not of the set: --overwrite keeps all of it")

@@ -23,6 +23,7 @@ images: 50,000 are the custom.
 """
 
 import json
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -82,7 +83,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 def main(args: Namespace) -> None:
     for name in RESULTS:
-        if (args.output / name).exists():
+        if os.path.lexists(args.output / name):
             raise UserError(f"{args.output / name} exists: name another --output, or delete it")
     device = pick_device(args.device, "off")[0]
     torch.set_float32_matmul_precision("highest")  # distances of near copies are small differences

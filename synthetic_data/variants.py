@@ -16,6 +16,7 @@ complete, and is never changed afterwards.
     jpeg       all, written as a JPEG of --quality
 """
 
+import os
 import shutil
 import sys
 import tempfile
@@ -36,8 +37,9 @@ from experiment.device import pick_device
 from experiment.errors import UserError, one_line_errors
 from models import load_model
 
+JUDGED = ("disputed", "agreed", "undivided")
 SPOILT = ("blur", "jpeg")
-KINDS = ("subset", "disputed", "agreed", "undivided", *SPOILT)
+KINDS = ("subset", *JUDGED, *SPOILT)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -52,16 +54,46 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         metavar="DIR",
         help="holds the images to choose from [%(default)s]",
     )
-    add("--count", type=flags.int_in(1, 10**9), default=10_000, help="of subset [%(default)s]")
-    add("--teacher", default="teacher_cifar10_finetuned.pth", metavar="FILE", help="[%(default)s]")
-    add("--radius", type=flags.float_in(0, 32, above=True), default=1.0, help="[%(default)s]")
-    add("--quality", type=flags.int_in(1, 95), default=5, help="[%(default)s]")
-    return parser.parse_args(argv)
+    add(
+        "--count",
+        type=flags.int_in(1, 10**9),
+        default=10_000,
+        metavar="N",
+        help="images of a subset [%(default)s]",
+    )
+    add(
+        "--teacher",
+        default="teacher_cifar10_finetuned.pth",
+        metavar="FILE",
+        help="judges which images are disputed [%(default)s]",
+    )
+    add(
+        "--radius",
+        type=flags.float_in(0, 32, above=True),
+        default=1.0,
+        metavar="X",
+        help="of the blur, in pixels [%(default)s]",
+    )
+    add(
+        "--quality",
+        type=flags.int_in(1, 95),
+        default=5,
+        metavar="N",
+        help="of the JPEGs [%(default)s]",
+    )
+    needs = {"count": ("subset",), "teacher": JUDGED, "radius": ("blur",), "quality": ("jpeg",)}
+    for flag, kinds in needs.items():
+        parser.add_need(
+            flag, f"KIND {' or '.join(kinds)}", lambda args, kinds=kinds: args.kind in kinds
+        )
+    return flags.parse(parser, argv)
 
 
 def main(args: Namespace) -> None:
-    if args.folder.exists():
+    if os.path.lexists(args.folder):
         raise UserError(f"{args.folder} exists: name a new folder")
+    if args.synthetic_data_dir.resolve() in args.folder.resolve().parents:
+        raise UserError(f"{args.folder} is among the images to choose from: name another folder")
     images = load_cifake(args.synthetic_data_dir)
     listed = args.synthetic_data_dir.iterdir()
     files = sorted(path for path in listed if not path.name.startswith("."))  # as `images` has them

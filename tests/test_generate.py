@@ -292,7 +292,8 @@ FLAGS = [
     (["--seed", "-1"], "--seed: '-1' is no whole number"),
     (["--pipeline", "gan"], "--pipeline: invalid choice: 'gan'"),
     (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
-    (["--prompt", "a cat"], "--prompt says nowhere {class}"),
+    (["--prompt", "a cat"], "--prompt: 'a cat' says nowhere {class}"),
+    (["--prompt", "a {class}"], "--prompt needs --pipeline stable-diffusion"),
     (["--guidance", "3"], "unrecognized arguments: --guidance 3"),
     (["--device", "tpu"], "--device: 'tpu' is none of"),
 ]
@@ -432,6 +433,14 @@ def test_nothing_is_overwritten(workdir, models, capsys):
     assert "set/manifest.csv disagrees with the flags" in text
 
     Path("set/notes.txt").write_text("mine")
+    Path("set/images").rename("elsewhere")
+    Path("set/images").symlink_to(workdir / "elsewhere")
+    before = snapshot(workdir)
+    text = fails(generate, command(models, "local_two", "set", "--overwrite"), capsys)[1]
+    assert "set/images leads to another place: --overwrite keeps all of it" in text
+    assert snapshot(workdir) == before
+    Path("set/images").unlink()
+    Path("elsewhere").rename("set/images")
     run(models, "local_two", "set", "--guidance_scale", 4, "--overwrite")
     run(models, "local_two", "fresh", "--guidance_scale", 4)
     assert images("set") == images("fresh")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_bad_input import fails
+from test_bad_input import fails, snapshot
 
 from data import CLASSES, load_cifake, load_cifar10, normalize
 from experiment.files import save
@@ -81,3 +81,16 @@ def test_bad_input(argv, capsys):
         assert found == code
         assert expected in text
     assert "there are no synthetic images in out" in fails(measure, ["out", *argv[1:]], capsys)[1]
+
+
+def test_no_file_is_written_over(argv, workdir, capsys):
+    Path("out").mkdir()
+    Path("theirs.json").write_text("precious")
+    for name in measure.RESULTS:
+        Path("out", name).symlink_to("theirs.json" if name.endswith("json") else "nothing")
+        before = snapshot(workdir)
+        assert f"out/{name} exists: name another --output" in fails(measure, argv, capsys)[1]
+        assert snapshot(workdir) == before
+        Path("out", name).unlink()
+    assert "theirs.json" in fails(measure, [*argv, "--output", "theirs.json"], capsys)[1]
+    assert Path("theirs.json").read_text() == "precious"

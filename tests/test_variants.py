@@ -1,0 +1,149 @@
+"""synthetic_data/variants.py and the sheet of demo_images.py, on made images."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_bad_input import fails, snapshot
+
+from data import CLASSES, load_cifake
+from experiment.files import save
+from models import build_model, to_checkpoint
+from synthetic_data import demo_images, variants
+
+
+@pytest.fixture
+def source(workdir, cifake) -> Path:
+    """The made CIFAKE, and a teacher that takes each image for an airplane or an automobile."""
+    torch.manual_seed(0)
+    teacher = build_model("wrn_16_1")
+    with torch.no_grad():
+        teacher.fc.bias[2:] -= 1e6
+    save(Path("teacher.pth"), to_checkpoint(teacher, CLASSES))
+    return cifake
+
+
+def make(source: Path, kind: str, folder: str, *more: str) -> None:
+    argv = [kind, folder, "--synthetic_data_dir", str(source), *more]
+    variants.main(variants.parse_args(argv))
+
+
+def test_a_subset_is_drawn_with_seed_0_and_copied_bit_for_bit(source):
+    for folder in ("one", "sub/two"):
+        make(source, "subset", folder, "--count", "15")
+    names = sorted(path.name for path in Path("one").iterdir())
+    assert len(names) == 15
+    assert names == sorted(path.name for path in Path("sub/two").iterdir())
+    for name in names:
+        assert Path("one", name).read_bytes() == (source / name).read_bytes()
+
+
+def test_disputed_images_and_as_many_of_each_class_of_all(source):
+    given = ("--teacher", "teacher.pth")
+    make(source, "disputed", "disputed", *given)
+    make(source, "undivided", "undivided", *given)
+    disputed, undivided = load_cifake("disputed"), load_cifake("undivided")
+    assert (disputed.labels >= 2).sum() == 32  # no image of another class is agreed on
+    counts = [torch.bincount(part.labels, minlength=10) for part in (disputed, undivided)]
+    assert torch.equal(*counts)
+
+
+@pytest.mark.parametrize(("kind", "flag", "suffix"), [("blur", 2, ".png"), ("jpeg", 5, ".jpg")])
+def test_spoilt_images_keep_their_classes(kind, flag, suffix, source):
+    make(source, kind, "spoilt", "--radius" if kind == "blur" else "--quality", str(flag))
+    before, after = load_cifake(source), load_cifake("spoilt")
+    assert torch.equal(before.labels.sort().values, after.labels.sort().values)
+    assert {path.suffix for path in Path("spoilt").iterdir()} == {suffix}
+    name = next(Path("spoilt").iterdir()).stem
+    edges = [
+        np.diff(np.asarray(Image.open(path).convert("L"), np.float32))
+        for path in (source / f"{name}.jpg", Path("spoilt", name + suffix))
+    ]
+    assert abs(edges[1]).mean() < 0.6 * abs(edges[0]).mean()  # noise has lost its detail
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "code", "message"),
+    [
+        ("subset", ["--count", "41"], 1, "--count 41: there are 40 images"),
+        ("subset", ["--quality", "6"], 2, "--quality needs KIND jpeg"),
+        ("jpeg", ["--teacher", "x.pth"], 2, "--teacher needs KIND disputed or agreed"),
+        ("agreed", ["--teacher", "teacher.pth"], 1, "more images are disputed than agreed with"),
+        ("disputed", ["--teacher", "x.pth"], 1, "there is no weight file x.pth"),
+        ("disputed", ["--synthetic_data_dir", "no"], 1, "there are no synthetic images in no"),
+    ],
+)
+def test_bad_input(kind, flags, code, message, source, workdir, capsys):
+    before = snapshot(workdir)
+    argv = [kind, "new", "--synthetic_data_dir", source, *flags]
+    found, text = fails(variants, argv, capsys)
+    assert (found, message in text) == (code, True), text
+    assert snapshot(workdir) == before
+
+
+def test_what_is_there_is_not_touched(source, workdir, capsys):
+    """Nor is what looks like a folder of our own, or the images to choose from."""
+    Path("folder").mkdir()
+    Path("file").write_text("mine")
+    Path("link").symlink_to("nothing")
+    os.mkfifo("fifo")
+    Path("new.partial").mkdir()
+    before = snapshot(workdir)
+    for name in ("folder", "file", "link", "fifo", "/dev/null", source):
+        argv = ["subset", name, "--count", "3", "--synthetic_data_dir", source]
+        assert fails(variants, argv, capsys) == (1, f"error: {name} exists: name a new folder")
+    for name, message in (
+        ("file/new", "file"),
+        (source / "new", "is among the images to choose from: name another folder"),
+    ):
+        argv = ["subset", name, "--count", "3", "--synthetic_data_dir", source]
+        code, text = fails(variants, argv, capsys)
+        assert (code, message in text) == (1, True), text
+    assert snapshot(workdir) == before
+    make(source, "subset", "new", "--count", "3")
+    shutil.rmtree("new")
+    assert snapshot(workdir) == before  # new.partial is still there, and nothing else is
+
+
+def test_a_variant_appears_whole_or_not_at_all(source, workdir, monkeypatch, capsys):
+    before, written = snapshot(workdir), []
+
+    def full(*args):
+        written.append(args)
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(variants, "write", full)
+    argv = ["subset", "new", "--count", "9", "--synthetic_data_dir", source]
+    assert "No space left on device" in fails(variants, argv, capsys)[1]
+    assert snapshot(workdir) == before
+
+
+# ------------------------------------------------------------------------------ the demo's pictures
+
+
+def test_the_sheet_shows_five_of_each_class_in_both_styles(workdir, capsys):
+    demo_images.main(demo_images.parse_args(["sheet.PNG"]))
+    assert Image.open("sheet.PNG").size == (2 + 10 * 34, 2 + 10 * 34)
+    assert "from left to right: disc, ring, square" in capsys.readouterr().out
+
+
+def test_the_sheet_is_a_new_png(workdir, capsys):
+    Path("file.png").write_text("mine")
+    Path("folder.png").mkdir()
+    os.mkfifo("fifo.png")
+    before = snapshot(workdir)
+    for name in ("file.png", "folder.png", "fifo.png"):
+        expected = f"error: {name} exists: name a new file"
+        assert fails(demo_images, [name], capsys) == (1, expected)
+    for name, code, message in (
+        ("sheet.jpg", 2, "sheet.jpg does not end in .png"),
+        ("nowhere/sheet.png", 1, "nowhere/sheet.png cannot be written: No such file"),
+    ):
+        found, text = fails(demo_images, [name], capsys)
+        assert (found, message in text) == (code, True), text
+    assert snapshot(workdir) == before
