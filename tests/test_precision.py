@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import run_student, run_teacher
+from conftest import metrics, run_student, run_teacher
 from torch import nn
 
 from engine import TrainStep, label_loss
@@ -19,6 +19,9 @@ OPTIMIZERS = {
     "adam": lambda parameters: torch.optim.Adam(parameters, 0.01),
     "muon": lambda parameters: Muon(parameters, 0.1, momentum=0.6),
 }
+
+
+FEW = "--limit 32 --batch_size 16".split()  # convolutions in float16 are slow on a CPU
 
 
 def tiny(optimizer: str, amp: torch.dtype | None, decay: float = 0.0):
@@ -88,7 +91,7 @@ def test_the_scale_is_saved_and_restored():
 def test_a_float16_run_is_resumed_bit_for_bit(workdir, monkeypatch):
     import fine_tune_teacher_cifar10 as script
 
-    flags = ["--amp", "fp16", "--epochs", "2"]
+    flags = [*FEW, "--amp", "fp16"]
     run_teacher(*flags, "--run_dir", "whole", "--output", "whole.pth")
     train = script.train_one_epoch
     calls = []
@@ -110,9 +113,14 @@ def test_a_float16_run_is_resumed_bit_for_bit(workdir, monkeypatch):
     assert saved["scale"] > 1
 
 
-def test_a_student_learns_in_float16(workdir, demo_teacher, capsys):
-    run_student("--amp", "fp16", "--teacher_weights", demo_teacher, "--epochs", "1")
-    assert "float16" in capsys.readouterr().out
+def test_a_student_trains_in_float16_as_in_float32(workdir, demo_teacher, capsys):
+    for amp in ("fp16", "off"):
+        flags = ["--amp", amp, "--run_dir", amp, "--output", f"{amp}.pth", "--epochs", 1]
+        run_student(*FEW, *flags, "--teacher_weights", demo_teacher)
+        assert f", {'float16' if amp == 'fp16' else 'float32'}\n" in capsys.readouterr().out
+    half, single = (float(metrics(amp)[0]["train_loss"]) for amp in ("fp16", "off"))
+    assert half == pytest.approx(single, rel=0.01)
+    assert half != single  # it was float16
 
 
 class Backend:
