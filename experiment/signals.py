@@ -15,7 +15,8 @@ STOP_SIGNALS = tuple(
 class StopSignals:
     """Calls `stop(number)`, which raises, when a signal arrives; after the block, if in `held()`.
 
-    The second signal ends the process at once.
+    The same signal once more ends the process at once. Another one does not: who logs out sends
+    SIGHUP and SIGTERM. Nor does any under torchrun, which sends a second one, and kills later.
     """
 
     def __init__(self, stop: Callable[[int], None]) -> None:
@@ -50,11 +51,10 @@ class StopSignals:
             self.stop(self.received)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if parallel.world_size() == 1:
+        if self.received is None:
+            self.received = number
+            if not self.holding:
+                self.stop(number)
+        elif number == self.received and parallel.world_size() == 1:
             self.restore()
-        else:
-            for other in self.handlers:  # torchrun sends a second one at once, and kills later
-                signal.signal(other, signal.SIG_IGN)
-        self.received = number
-        if not self.holding:
-            self.stop(number)
+            signal.raise_signal(number)

@@ -501,6 +501,31 @@ def test_a_run_under_nohup_outlives_its_terminal(workdir):
         signal.signal(signal.SIGHUP, before)
 
 
+def test_two_signals_at_once_are_one_stop(workdir, monkeypatch):
+    """As a logout sends them. Both have arrived before Python looks."""
+    lost, both = [], [signal.SIGHUP, signal.SIGTERM]
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)
+    with pytest.raises(Stopped, match="after epoch 2"), make_run() as made:
+        log(made, 40.0, 45.0)  # the second one is pending
+        signal.pthread_sigmask(signal.SIG_BLOCK, both)
+        for number in both:
+            signal.raise_signal(number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+        pytest.fail("the signals were missed")
+    assert lost == []
+    assert len(metrics(made.folder)) == 2
+
+
+def test_the_same_signal_once_more_ends_the_process_at_once(workdir):
+    with make_run() as made:
+        with pytest.raises(KeyboardInterrupt) as stop, made.signals.held():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("it waits for the block to end")
+        assert not isinstance(stop.value, Stopped)
+        made.signals.received = None
+
+
 def interrupted_saves(monkeypatch) -> list:
     """Let SIGINT arrive in the first file that is saved from now on; returns what is saved."""
     saved = []
