@@ -4,8 +4,8 @@
 
 Runs of the demo, on the CPU, get SIGKILL at random moments; every other one as soon as a file is
 being written. After each kill every file of the run has to be readable. The run is resumed until it
-ends by itself: its weights and its metrics.csv, but for the times, have to be those of a run that
-was never killed, bit for bit. Exit code 1 if anything differs.
+ends by itself: its weights, its predictions and its metrics.csv, but for the times, have to be
+those of a run that was never killed, bit for bit. Exit code 1 if anything differs.
 """
 
 import csv
@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -81,6 +82,7 @@ def unreadable(folder: Path) -> list[str]:
     """The files of a run that cannot be read; half-written ones beside them do not count."""
     readers = {".pt": load, ".pth": load, ".png": lambda path: Image.open(path).load()}
     readers |= {".csv": lambda path: read_metrics(path.parent)}
+    readers |= {".npz": lambda path: dict(np.load(path))}
     readers |= {".json": lambda path: read_config(path.parent)}
     bad = []
     for path in folder.rglob("*"):
@@ -92,18 +94,19 @@ def unreadable(folder: Path) -> list[str]:
     return bad
 
 
-def results(folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """The rows of a run without its times, and its exported weights."""
+def results(folder: Path) -> tuple[tuple[list[dict], str], dict[str, torch.Tensor]]:
+    """The rows of a run without its times and its predictions, and its exported weights."""
     with open(folder / "run" / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
         del row["seconds"], row["images_per_second"]
-    return rows, load(folder / "out.pth")["model"]
+    predictions = (folder / "run" / "predictions.csv").read_text()
+    return (rows, predictions), load(folder / "out.pth")["model"]
 
 
 def same(one: Path, two: Path) -> bool:
-    (rows, weights), (other_rows, other_weights) = results(one), results(two)
-    if rows != other_rows or weights.keys() != other_weights.keys():
+    (tables, weights), (other_tables, other_weights) = results(one), results(two)
+    if tables != other_tables or weights.keys() != other_weights.keys():
         return False
     return all(torch.equal(weights[key], other_weights[key]) for key in weights)
 
