@@ -229,6 +229,16 @@ def lock(folder: Path) -> BinaryIO:
     return file
 
 
+def check_lock(file: BinaryIO, folder: Path) -> None:
+    """Errors: UserError if `folder` is another one than that of which `file` is the lock."""
+    try:
+        same = os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK))
+    except OSError:
+        same = False
+    if not same:
+        raise UserError(f"{folder} was moved or removed: this run cannot write there any more")
+
+
 def provenance(device: torch.device, amp: torch.dtype | None) -> dict:
     """Where numbers come from: command, time, commit, versions, hardware and precision."""
     git = "git describe --always --dirty --abbrev=12 --exclude=*".split()

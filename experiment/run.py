@@ -28,6 +28,7 @@ from experiment.errors import Stopped, UserError
 from experiment.files import cloned, load, save, save_without_overwriting, to_cpu
 from experiment.folder import (
     FORMAT,
+    check_lock,
     check_output,
     check_parts,
     checked_history,
@@ -65,9 +66,8 @@ class Run:
     resume and output.
 
     Every epoch the state is copied, and written at most every SAVE_EVERY seconds; leaving the
-    `with` block, also by SIGINT, SIGTERM or SIGHUP, writes the last copy. The history is kept in
-    last.pt, and metrics.csv is written from it: they cannot disagree. In a job of several ranks,
-    rank 0 alone touches the folder. Errors: UserError, OSError.
+    `with` block, also by a signal, writes the last copy. metrics.csv is written from the history in
+    last.pt: they cannot disagree. Rank 0 alone touches the folder. Errors: UserError, OSError.
     """
 
     def __init__(
@@ -289,7 +289,8 @@ class Run:
         return kept
 
     def _stamp(self) -> None:
-        """Note the seconds of this part of the run, from the start of the script."""
+        """Before any writing: note the seconds of this part, from the start of the script."""
+        check_lock(self.lock, self.folder)
         self.part["seconds"] = round(time.perf_counter() - IMPORTED, 1)
 
     def _write_config(self) -> None:

@@ -443,6 +443,29 @@ def test_nested_json_is_no_traceback(stopped):
         read_config(stopped)
 
 
+@pytest.mark.parametrize("another", [True, False])
+def test_a_run_whose_folder_is_moved_leaves_the_next_one_alone(another, workdir, every_epoch):
+    with (
+        pytest.raises(UserError, match="run was moved or removed"),
+        make_run(run_dir=Path("run")) as made,
+    ):
+        epochs = made.epochs()
+        next(epochs)
+        made.log(row(40.0))
+        next(epochs)
+        os.rename("run", "old")
+        if another:
+            with make_run(run_dir=Path("run")) as second:
+                log(second, 70.0)
+            before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+        made.log(row(50.0))
+    assert len(metrics("old")) == 1
+    if another:
+        assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == before
+    else:
+        assert not Path("run").exists()
+
+
 def test_a_folder_is_for_one_process_at_a_time(workdir):
     made = make_run()
     with pytest.raises(UserError, match=r"runs/student-001 is in use: another process"):
