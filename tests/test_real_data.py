@@ -1,9 +1,8 @@
 """The real CIFAR-10 and CIFAKE, in the folder that DMKD_DATA names; skipped where it is unset."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from conftest import metrics
 
 import data
 import fine_tune_teacher_cifar10 as teacher_script
@@ -20,11 +19,6 @@ def statistics(images: ImageSet) -> tuple[torch.Tensor, torch.Tensor]:
     return pixels.mean(1), pixels.std(1, correction=0)
 
 
-@pytest.fixture(scope="session")
-def cifake(real_data):
-    return load_cifake(real_data / "cifake_train_fake")
-
-
 def test_cifar10_is_the_original(real_data):
     train, test = load_cifar10(real_data, train=True), load_cifar10(real_data, train=False)
     assert (len(train), len(test)) == (50_000, 10_000)
@@ -36,7 +30,8 @@ def test_cifar10_is_the_original(real_data):
     assert std.tolist() == pytest.approx([255 * s for s in data.CIFAR10_STD], abs=0.01)
 
 
-def test_cifake_is_complete_and_balanced(cifake):
+def test_cifake_is_complete_and_balanced(real_data):
+    cifake = load_cifake(real_data / "cifake_train_fake")
     assert len(cifake) == 50_000
     assert torch.bincount(cifake.labels).tolist() == [5_000] * 10
     assert len({image.numpy().tobytes() for image in cifake.images}) == 49_080
@@ -45,27 +40,31 @@ def test_cifake_is_complete_and_balanced(cifake):
     assert std.tolist() == pytest.approx([58.2, 58.7, 68.4], abs=0.1)
 
 
-def test_another_decoder_reads_the_same_pixels(real_data, cifake):
+def test_another_decoder_reads_the_same_pixels(real_data):
     io = pytest.importorskip("torchvision.io", exc_type=ImportError)
     if not hasattr(io, "decode_image"):
         pytest.skip("this torchvision has no decoder")
-    names = sorted((real_data / "cifake_train_fake").glob("*.jpg"))[:2_000]
+    folder = real_data / "cifake_train_fake"
+    names = sorted(folder.glob("*.jpg"))[:2_000]
     theirs = torch.stack([io.decode_image(str(name), io.ImageReadMode.RGB) for name in names])
-    assert torch.equal(cifake.images[:2_000], theirs)
+    assert torch.equal(load_cifake(folder, limit=2_000).images, theirs)
 
 
-def test_the_cpu_recipe_learns_in_a_minute(real_data, workdir):
-    """The recipe of scripts/cpu.sh on 2,000 images, twice: far from 93 %, and far from chance."""
+def test_the_cpu_recipe_learns_in_seconds(real_data, workdir):
+    """The recipe of scripts/cpu.sh in 32 steps: far from 93 %, and far from chance.
+
+    400 test images are right by chance in 10 % of the cases, with a standard deviation of 1.5 %.
+    """
     common = "--arch airbench94 --optimizer muon --lr 0.24 --momentum 0.6 --scheduler linear"
-    common += " --augment reflect --epochs 2 --limit 2000 --batch_size 100 --device cpu"
+    common += " --augment reflect --epochs 2 --limit 400 --batch_size 25 --device cpu"
     common = [*common.split(), "--data_dir", str(real_data)]
     teacher_script.main(teacher_script.parse_args([*common, "--init", "random"]))
     teacher = read_weights("teacher_cifar10_finetuned.pth")[1]["provenance"]
-    assert teacher["test_accuracy"] > 40
+    assert teacher["test_accuracy"] > 25
 
     fake = real_data / "cifake_train_fake"
     student_script.main(student_script.parse_args([*common, "--synthetic_data_dir", str(fake)]))
     student = read_weights("student_cifar10_kd.pth")[1]["provenance"]
-    assert student["test_accuracy"] > 30
-    rows = Path("runs/student-001/metrics.csv").read_text().splitlines()
-    assert len(rows) == 3
+    assert student["test_accuracy"] > 20
+    assert [row["epoch"] for row in metrics("runs/student-001")] == ["1", "2"]
+    assert float(metrics("runs/student-001")[1]["train_agreement"]) > 50
