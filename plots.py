@@ -94,9 +94,9 @@ def _reading(path: Path) -> Iterator[list[dict[str, str]] | dict[str, np.ndarray
         else:
             with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
                 yield list(csv.DictReader(file))
-    except OSError:
-        raise
     except Exception as error:  # a damaged table or archive raises nearly anything
+        if getattr(error, "filename", None):  # a file that cannot be opened, says an OSError
+            raise
         raise UserError(f"{path} is not the {path.name} of a run") from error
 
 

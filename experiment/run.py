@@ -275,7 +275,7 @@ class Run:
         if self.on_save:
             try:
                 self.on_save(self.folder)
-            except UserError as error:  # the training is worth more than its plots
+            except (UserError, OSError) as error:  # the training is worth more than its plots
                 print(f"note: no plots were drawn: {error}", flush=True)
 
     def _export(self) -> Path | None:

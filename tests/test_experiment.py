@@ -328,9 +328,10 @@ def test_a_full_disk_is_one_line_and_spares_the_last_checkpoint(workdir, every_e
     assert read_weights(made.folder / "last.pt")[1]["provenance"]["epoch"] == 2
 
 
-def test_plots_that_cannot_be_drawn_are_no_reason_to_stop(workdir, every_epoch, capsys):
+@pytest.mark.parametrize("kind", [UserError, PermissionError])
+def test_plots_that_cannot_be_drawn_are_no_reason_to_stop(kind, workdir, every_epoch, capsys):
     def fail(folder: Path) -> None:
-        raise UserError("the loss is 1e33, too large to be drawn")
+        raise kind("the loss is 1e33, too large to be drawn")
 
     with make_run(on_save=fail, epochs=2) as made:
         log(made, 40.0, 50.0)

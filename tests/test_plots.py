@@ -308,10 +308,10 @@ def test_a_network_without_mistakes_has_an_empty_picture(tmp_path, figures):
     assert not figures["mistakes.png"].axes[0].images
 
 
-def pickled(arrays):
-    """An .npz that can run code when it is read."""
+def archive(dtype: type = int, **arrays: list) -> bytes:
+    """An .npz; one of the dtype `object` can run code when it is read."""
     file = io.BytesIO()
-    np.savez(file, **{name: np.array(values, object) for name, values in arrays.items()})
+    np.savez(file, **{name: np.array(values, dtype) for name, values in arrays.items()})
     return file.getvalue()
 
 
@@ -325,7 +325,8 @@ def pickled(arrays):
         ("per_class.csv", b"name\ncat\n"),
         ("mistakes.npz", b"not an archive"),
         ("mistakes.npz", b"PK\x03\x04"),
-        ("mistakes.npz", pickled({"images": [], "label": [], "prediction": []})),
+        ("mistakes.npz", archive(images=[0] * 99)[:50] + archive(images=[0] * 99)[51:]),
+        ("mistakes.npz", archive(object, images=[], label=[], prediction=[])),
     ],
 )
 def test_damaged_tables_are_named(name, content, student, figures):
