@@ -7,11 +7,14 @@ cross-entropy, tests it on the 10,000 real test images after every epoch, and wr
 teacher_cifar10_finetuned.pth. Plots, metrics.csv and checkpoints are in runs/teacher-001.
 """
 
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -P` leaves out
 
 from augmentations import AUGMENTATIONS
 from data import REAL_SETS, TEST_BATCH_SIZE, DeviceLoader, normalize

@@ -8,6 +8,7 @@ label. After every epoch it is tested on the 10,000 real test images of CIFAR-10
 student goes to student_cifar10_kd.pth. Plots, metrics.csv and checkpoints are in runs/student-001.
 """
 
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -P` leaves out
 
 from augmentations import AUGMENTATIONS
 from data import (
@@ -171,6 +174,8 @@ def main(args: Namespace) -> None:
         teacher, teacher_sha256, files = load_teacher(args, test_set.classes)
     teacher = teacher.to(device).eval().requires_grad_(False)
     teacher_logits = predict(teacher, test_loader)
+    if not teacher_logits.isfinite().all():
+        raise UserError("the teacher's outputs on the real test images are not finite")
     accuracy = score(teacher_logits, test_set.labels)["accuracy"]
     print(f"teacher: {accuracy:.2f} % on {len(test_set):,} real test images", flush=True)
     held_out_logits = predict(teacher, held_out_loader)

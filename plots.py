@@ -13,6 +13,7 @@ import argparse
 import csv
 import io
 import json
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -P` leaves out
 
 from data import ImageSet
 from experiment import flags

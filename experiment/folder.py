@@ -61,7 +61,8 @@ def parse_args(
         parser.error("a resumed run continues in its own folder: leave --run_dir out")
     config = read_config(given.resume)
     if config.get("name") != name:
-        raise UserError(f"{given.resume} is the run of a {config.get('name')}, not of a {name}")
+        found = f"its name is {config.get('name')}, not {name}"
+        raise UserError(f"{given.resume} is the run of another script: {found}")
     stored = flags.as_tokens(config["args"])
     parser.source = f"{given.resume / 'config.json'}: "
     before = flags.parse(parser, stored, demo)

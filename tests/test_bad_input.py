@@ -155,6 +155,10 @@ def test_teachers(student, workdir):
     weights = {**others, "classes": list(data.CLASSES), "arch": "wrn_40_2"}
     torch.save(weights, "lies.pth")
     student("lies.pth is no wrn_40_2 with the cifar stem", teacher_weights="lies.pth")
+    broken = build_model("wrn_16_1")
+    broken.bn.running_var.fill_(-1)  # finite, but its root is not
+    torch.save(to_checkpoint(broken, data.CLASSES), "broken.pth")
+    student("the teacher's outputs on the real test images are not", teacher_weights="broken.pth")
 
 
 def test_cifar10(student, cifar10_binary, workdir):
@@ -224,7 +228,8 @@ def test_resuming_what_is_no_run(workdir, demo_teacher, capsys):
         assert snapshot(workdir) == before
 
     expect(student_script, 1, "nowhere is not a run", "--resume", "nowhere")
-    expect(student_script, 1, "is the run of a teacher, not of a student", "--resume", run)
+    message = "is the run of another script: its name is teacher, not student"
+    expect(student_script, 1, message, "--resume", run)
     expect(teacher_script, 2, "leave --run_dir out", "--resume", run, "--run_dir", "x")
     expect(teacher_script, 2, "was started with --lr 0.001", "--resume", run, "--lr", 0.1)
     expect(teacher_script, 2, "was started with --epochs 2", "--resume", run, "--epochs", 9)

@@ -367,6 +367,15 @@ def test_a_finished_network_is_never_lost(workdir, demo_teacher):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["fine_tune_teacher_cifar10", "main_train_cifar10", "plots"])
+def test_a_script_finds_its_modules_where_python_does_not_look(name, workdir):
+    command = [sys.executable, "-P", REPOSITORY / f"{name}.py", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: python {name}.py [flags]")
+
+
+@pytest.mark.slow
 def test_everything_is_a_process_too(workdir):
     """The commands as a person runs them: what is printed, where, and the exit code."""
 
