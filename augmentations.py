@@ -1,8 +1,8 @@
-"""What training images go through, a whole batch at a time and on the device.
+"""Augmentations of training images, a whole batch at a time and on the device.
 
-Augmentations are deterministic; their random parameters are passed in, one set per image. Those of
-an epoch are drawn by the functions draw_*, from PyTorch's CPU generator, so that a seed gives the
-same views on every device.
+They are deterministic: their random parameters are passed in, one set per image. The functions
+draw_* draw those of an epoch from PyTorch's CPU generator, so a seed gives the same views on every
+device.
 """
 
 import torch
@@ -15,13 +15,13 @@ PADDING, REFLECTION = 4, 2  # pixels
 
 
 def draw_crops(n: int) -> tuple[Tensor, ...]:
-    """For `crop_and_flip`, n times: the corner of the crop, and whether to mirror."""
+    """Parameters of `crop_and_flip` for n images: the corner of the crop, and whether to mirror."""
     top, left = torch.randint(0, 2 * PADDING + 1, (2, n))
     return top, left, torch.rand(n) < 0.5
 
 
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
-    """Crop each picture out of its zero-padded self, then mirror it where `flip`.
+    """Zero-pad each image, crop it to its former size, and mirror it where `flip`.
 
     images: (B, 3, H, W) of any dtype; top, left: int64 (B,) from 0 to 8; flip: bool (B,). The same
     as torchvision's RandomCrop with padding 4 and RandomHorizontalFlip on these draws.
@@ -30,13 +30,13 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Te
 
 
 def draw_reflected_crops(n: int) -> tuple[Tensor, ...]:
-    """For `reflected_crop_and_flip`, n times: the corner of the crop. The loader adds the flip."""
+    """Corners of `reflected_crop_and_flip` for n images. The loader adds the flips."""
     top, left = torch.randint(0, 2 * REFLECTION + 1, (2, n))
     return top, left
 
 
 def reflected_crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
-    """As `crop_and_flip`, by up to 2 pixels, and with the picture's reflection around it.
+    """Like `crop_and_flip`, but by up to 2 pixels, and padded with the image's reflection.
 
     top, left: from 0 to 4. As airbench does it (Jordan 2024, arXiv 2404.00498).
     """
@@ -53,11 +53,11 @@ def _crop_and_flip(
 
 
 def draw_resized_crop_and_jitter(n: int) -> tuple[Tensor, ...]:
-    """For `resized_crop_and_jitter`, n times: a part of the picture, a flip, colour factors.
+    """Parameters of `resized_crop_and_jitter` for n images: a crop, a flip, colour factors.
 
-    The part has 25 to 100 % of the area and sides of 3:4 to 4:3, as in torchvision's
-    RandomResizedCrop; brightness, contrast and saturation are 0.6 to 1.4 times what they were, and
-    one picture in ten is grey.
+    The crop has 25 to 100 % of the area and an aspect ratio of 3:4 to 4:3, as in torchvision's
+    RandomResizedCrop. Brightness, contrast and saturation are multiplied by 0.6 to 1.4, and one
+    image in ten becomes grey.
     """
     area, shape, x, y, flip, brightness, contrast, saturation, grey = torch.rand(9, n)
     area, shape = 0.25 + 0.75 * area, (4 / 3) ** (2 * shape - 1)
@@ -69,9 +69,9 @@ def draw_resized_crop_and_jitter(n: int) -> tuple[Tensor, ...]:
 
 
 def resized_crop_and_jitter(images: Tensor, box: Tensor, flip: Tensor, factors: Tensor) -> Tensor:
-    """A part of each picture, brought to full size, mirrored and with other colours.
+    """Crop a part of each image, resize it to full size, mirror it and change its colours.
 
-    images: uint8 (B, 3, H, W); box: (B, 4), width, height and centre of the part in a picture that
+    images: uint8 (B, 3, H, W); box: (B, 4), width, height and centre of the crop in an image that
     spans -1 to 1; flip: bool (B,); factors: (B, 3), see `jitter`. Float32 from 0 to 255.
     """
     width, height, x, y = box.unbind(1)
@@ -86,7 +86,7 @@ def jitter(images: Tensor, factors: Tensor) -> Tensor:
     """Change brightness, contrast and saturation, in this order, by factors (B, 3).
 
     images: float (B, 3, H, W) from 0 to 255. The same as torchvision's adjust_brightness,
-    adjust_contrast and adjust_saturation, picture by picture.
+    adjust_contrast and adjust_saturation, image by image.
     """
     brightness, contrast, saturation = factors[:, :, None, None, None].unbind(1)
     images = (images * brightness).clamp(0, 255)
@@ -129,8 +129,8 @@ def cutmix(images: Tensor, lam: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]
     """Put a box of the image before it in the batch into each image.
 
     The box has an area of 1 - lam and its centre at `centre`, (2,), as a fraction of height and
-    width; what would stick out is cut off (Yun et al. 2019, arXiv 1905.04899). Returns the images,
-    (B, 3, H, W), and the share that is left of them.
+    width. It is clipped at the border (Yun et al. 2019, arXiv 1905.04899). Returns the images,
+    (B, 3, H, W), and the share of each that is its own.
     """
     reach = (1 - lam).sqrt() / 2
     rows, columns = (

@@ -73,9 +73,9 @@ class ImageSet:
         return replace(self, images=self.images[:n], labels=self.labels[:n])
 
     def hold_out(self, n: int) -> tuple["ImageSet", "ImageSet"]:
-        """All but n images, and those n, the same ones in every run. Errors: UserError.
+        """Split the set: all but n images, and n held-out ones, the same in every run.
 
-        Of an image that comes more than once, no copy is held out.
+        An image that has duplicates is not held out. Errors: UserError.
         """
         held = torch.zeros(len(self), dtype=torch.bool)
         if n > 0:
@@ -90,9 +90,9 @@ class ImageSet:
 
 
 def with_shifted_copies(data: ImageSet) -> ImageSet:
-    """The images, and after them all of them brighter, paler, blurred, and crushed by JPEG.
+    """The images, then copies of all: brighter, less saturated, blurred, and JPEG-compressed.
 
-    A student that matches its teacher on such images, too, is more likely to match it on real ones.
+    A student that matches its teacher on these, too, is more likely to match it on real images.
     """
     copies = [data.images]
     if len(data):
@@ -125,7 +125,7 @@ def load_cifar10(data_dir: str | Path, train: bool) -> ImageSet:
 
 
 def load_cifar100(data_dir: str | Path, train: bool) -> ImageSet:
-    """CIFAR-100 with its 100 fine classes, as `load_cifar10`, but in the Python version alone."""
+    """CIFAR-100 with its 100 fine classes. Like `load_cifar10`, but the Python version only."""
     return _load_python(CIFAR100, data_dir, train, "CIFAR-100 is not")
 
 
@@ -172,7 +172,7 @@ def _read_checked(path: Path, md5: str) -> bytes:
 def cifake_label(path: str) -> int:
     """The class in the name of a CIFAKE image file. Errors: UserError.
 
-    'NNNN.jpg' is class 0, airplane; 'NNNN (k).jpg' is class k - 1. .jpeg and .png will do, too.
+    'NNNN.jpg' is class 0, airplane; 'NNNN (k).jpg' is class k - 1. .jpeg and .png work, too.
     """
     pattern = r"\d+(?: \(([2-9]|10)\))?\.(?:jpe?g|png)"
     match = re.fullmatch(pattern, os.path.basename(path), re.ASCII | re.IGNORECASE)
@@ -184,10 +184,10 @@ def cifake_label(path: str) -> int:
 def load_cifake(
     folder: str | Path, limit: int | None = None, skip_bad_images: bool = False
 ) -> ImageSet:
-    """The images in `folder`, sorted by name; with `limit`, the first so many.
+    """The images in `folder`, sorted by name; with `limit`, the first `limit` of them.
 
-    Files are named as `cifake_label` expects, each name once. Any other file but a hidden one is an
-    error, unless `skip_bad_images` says to leave out, count and report what cannot be used. Errors:
+    Files are named as `cifake_label` expects, each name once. Hidden files are skipped. Any other
+    file is an error or, with `skip_bad_images`, is left out, counted and reported. Errors:
     UserError that names the file.
     """
     names = _visible(folder)
@@ -241,7 +241,7 @@ def load_class_folders(
 
 
 def _visible(folder: str | Path) -> list[str]:
-    """The names in a folder but for hidden ones, sorted; none if there is no such folder."""
+    """The names in a folder without hidden ones, sorted; none if there is no such folder."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted(name for name in names if not name.startswith("."))
 
@@ -282,9 +282,9 @@ def _pixels(picture: Image.Image) -> np.ndarray:
 
 
 def download_cifake(folder: str | Path) -> None:
-    """Fetch CIFAKE with the optional kagglehub and lay its train/FAKE out as `folder`.
+    """Download CIFAKE with the optional kagglehub and copy its train/FAKE to `folder`.
 
-    A folder that already holds something is left alone. Errors: UserError, OSError.
+    A folder that is not empty is left as it is. Errors: UserError, OSError.
     """
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
@@ -305,7 +305,7 @@ def download_cifake(folder: str | Path) -> None:
 
 
 def load_noise(n: int = 50_000) -> ImageSet:
-    """Uniform noise, the same in every run: what a student learns from without any pictures."""
+    """Uniform noise, the same in every run: training images for a control."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
     return ImageSet(images, torch.zeros(n, dtype=torch.int64), CLASSES)
@@ -323,7 +323,7 @@ def normalize(images: Tensor) -> Tensor:
 
 @functools.cache  # a copy from the host in every batch would wait for the device
 def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):  # whoever asks first, the others may use them in training
+    with torch.inference_mode(False):  # cached inference tensors could not be used in training
         mean, std = 255 * torch.tensor([CIFAR10_MEAN, CIFAR10_STD], device=device).view(2, 3, 1, 1)
     return mean, std
 
@@ -343,14 +343,16 @@ def check_batch_size(batch_size: int, images: int) -> None:
 class DeviceLoader:
     """Batches of an ImageSet that lives on `device`: float32 (B, 3, 32, 32), int64 (B,).
 
-    With `train`, the order and the draws of `augment`, one of AUGMENTATIONS, are made anew for each
-    epoch, from PyTorch's CPU generator: a seed gives the same views on every device. The few images
-    left over by the last full batch sit that epoch out, so that every step has the same shapes. The
-    flips of "reflect" alternate: an image is mirrored in every other `epoch`, and `seed` decides
-    which. `mixup` or `cutmix` above 0 is the alpha that every batch is mixed with; labels are then
-    shares of the classes, float32 (B, classes). Without `train`, every image comes once, in order
-    and as it is. Each rank of a job gets its part of every batch, or of the images in order.
-    Errors: UserError if there is no full training batch.
+    With `train`, each epoch draws a new order and new parameters of `augment`, one of
+    AUGMENTATIONS, from PyTorch's CPU generator: a seed gives the same views on every device. The
+    few images left over after the last full batch are skipped in that epoch, so that every step has
+    the same shapes. The flips of "reflect" alternate: an image is mirrored in every other `epoch`,
+    and `seed` decides which. `mixup` or `cutmix` above 0 is the alpha of the mixing of every batch;
+    labels are then shares of the classes, float32 (B, classes).
+
+    Without `train`, every image comes once, in order and unchanged. Each rank of a job gets its
+    part of every training batch, or of the images in order. Errors: UserError if there is no full
+    training batch.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""The inner loops and the losses. Nothing here prints, or knows of files.
+"""The inner loops and the losses. Nothing here prints or touches files.
 
-The loops return plain dicts of floats. Sums are kept on the device and read when an epoch ends: the
-only places that wait for the device.
+The loops return plain dicts of floats. Sums stay on the device and are read once, when an epoch
+ends.
 """
 
 import time
@@ -35,7 +35,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy, a scalar, and which predictions are correct, (B,) bool: without a teacher.
+    """Cross-entropy with the labels, a scalar, and which predictions are correct, (B,) bool.
 
     logits: (B, classes); labels: int64 (B,), or the shares of the classes, float (B, classes), of
     mixed images, where the class with the largest share counts as the correct one.
@@ -54,13 +54,13 @@ class TrainStep:
     On CUDA, small networks are bound by kernel launches. After three ordinary steps the whole step
     (forward, backward, update) is captured as a CUDA graph and replayed
     (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). A graph reads and writes the
-    same memory every time: each batch is copied there and has to have the shape of the first, the
-    learning rate becomes a tensor, and `loss` and `matches` last until the next step. A job of
+    same memory every time. So each batch is copied there and has to have the shape of the first,
+    the learning rate becomes a tensor, and `loss` and `matches` last until the next step. A job of
     several ranks captures no graph.
 
     In float16 the loss is scaled, so that small gradients do not vanish. A step whose gradients
-    overflow changes nothing but the scale, which is the state of a TrainStep; finding that out
-    waits for the device once a step, so that there is no graph either (torch.amp.GradScaler).
+    overflow changes only the scale, which is the state of a TrainStep. Detecting the overflow waits
+    for the device once a step, so there is no graph in float16 (torch.amp.GradScaler).
     """
 
     WARM_UP = 3  # ordinary steps before the capture: cuDNN chooses, the optimizer makes its state
@@ -116,7 +116,7 @@ class TrainStep:
             loss, matches = self.loss_fn(images, labels)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)  # not where a gradient is not finite
+        self.scaler.step(self.optimizer)  # skipped if a gradient is not finite
         before = self.scaler.get_scale()
         self.scaler.update()
         if self.ema is not None and self.scaler.get_scale() >= before:
@@ -211,7 +211,7 @@ def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
 def compare(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> dict[str, float]:
     """How well a student matches its teacher: `loss`, the mean KD loss, and `agreement`, percent.
 
-    Neither needs a label or a real image, so that a recipe can be chosen by them.
+    Neither needs a label or a real image, so a recipe can be chosen by them.
     """
     matches = (student_logits.argmax(1) == teacher_logits.argmax(1)).sum().item()
     return {

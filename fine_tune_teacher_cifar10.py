@@ -1,10 +1,11 @@
-"""Step 1: make a network an expert on real CIFAR-10, the teacher.
+"""Step 1: train the teacher on real CIFAR-10.
 
     python fine_tune_teacher_cifar10.py
 
-trains a ResNet18, from torchvision's ImageNet weights, on the 50,000 real training images with
-cross-entropy, tests it on the 10,000 real test images after every epoch, and writes
-teacher_cifar10_finetuned.pth. Plots, metrics.csv and checkpoints are in runs/teacher-001.
+A ResNet18 with torchvision's ImageNet weights is trained on the 50,000 real training images with
+cross-entropy. After every epoch it is tested on the 10,000 real test images. The last epoch's
+teacher goes to teacher_cifar10_finetuned.pth. Plots, metrics.csv and checkpoints are in
+runs/teacher-001.
 """
 
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -P` leaves out
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` leaves it out
 
 from augmentations import AUGMENTATIONS
 from data import REAL_SETS, TEST_BATCH_SIZE, DeviceLoader, normalize
@@ -109,7 +110,7 @@ def main(args: Namespace) -> None:
         for epoch in run.epochs():
             train_loader.epoch = epoch
             train = train_one_epoch(teacher, train_loader, step, scheduler, run.on_batch)
-            final = epoch == args.epochs  # tested in float32, whatever the training was in
+            final = epoch == args.epochs  # tested in float32, whatever --amp is
             test = evaluate(ema.model, test_loader, None if final else amp)
             run.log(
                 {

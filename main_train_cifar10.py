@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -P` leaves out
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` leaves it out
 
 from augmentations import AUGMENTATIONS
 from data import (
@@ -93,13 +93,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         type=Path,
         default=Path("synthetic_data/cifake_train_fake"),
         metavar="DIR",
-        help="the images of CIFAKE's train/FAKE, or others named like them; for CIFAR-100, a "
-        "folder for each class [%(default)s]",
+        help="the images of CIFAKE's train/FAKE, or others named like them; for CIFAR-100, one "
+        "folder per class [%(default)s]",
     )
     add(
         "--download_synthetic",
         action="store_true",
-        help="download CIFAKE to there first, with the optional package kagglehub",
+        help="first download CIFAKE to --synthetic_data_dir, with the optional package kagglehub",
     )
     add(
         "--skip_bad_images",
@@ -124,8 +124,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         nargs="+",
         default=["teacher_cifar10_finetuned.pth"],
         metavar="FILE",
-        help="the teacher's file or URL (URL#sha256=HEX is checked); several form an ensemble, "
-        "whose mean logits teach; random is an untrained network, as a control %(default)s",
+        help="the teacher's file or URL (URL#sha256=HEX is checked); several form an ensemble: "
+        "the student matches the mean of their logits; random is an untrained network, a control "
+        "%(default)s",
     )
     flags.add_temperature_flag(add)
     add = parser.add_argument_group("controls").add_argument
@@ -138,7 +139,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add(
         "--hard_labels",
         action="store_true",
-        help="learn the images' own labels by cross-entropy; the teacher is only compared with",
+        help="train on the images' own labels with cross-entropy; the teacher is only tested",
     )
     flags.add_run_flags(parser, "student", "student_cifar10_kd.pth")
     return parse_run_args(parser, argv, "student", DEMO)
@@ -149,7 +150,7 @@ def main(args: Namespace) -> None:
     parallel.init_process_group(device)
 
     # data: the student trains on synthetic images, and is tested on real ones
-    with parallel.rank_zero_first():  # which downloads what is not there; all decode at once
+    with parallel.rank_zero_first():  # rank 0 downloads; below, all ranks decode at once
         load_real = REAL_SETS[args.dataset]
         test_set = load_demo("test") if args.demo else load_real(args.data_dir, train=False)
         if args.download_synthetic:
@@ -211,7 +212,7 @@ def main(args: Namespace) -> None:
         for epoch in run.epochs():
             train_loader.epoch = epoch
             train = train_one_epoch(student, train_loader, step, scheduler, run.on_batch)
-            final = epoch == args.epochs  # tested in float32, whatever the training was in
+            final = epoch == args.epochs  # tested in float32, whatever --amp is
             test = evaluate(ema.model, test_loader, None if final else amp)
             row = {
                 "train_loss": train["loss"],

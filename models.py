@@ -1,7 +1,7 @@
 """Networks and their checkpoints.
 
     model = build_model("resnet18", stem="cifar", num_classes=10)
-    model = load_model("student_cifar10_kd.pth")  # the file says which network it holds
+    model = load_model("student_cifar10_kd.pth")  # the file names its network
 
 A checkpoint is a dict of tensors and plain types:
 
@@ -58,9 +58,9 @@ ARCHITECTURES = (*CIFAR_STEMS, *FOR_32X32)
 
 
 def whiten(model: nn.Module, images: Tensor) -> None:
-    """Set the whitening filters of an airbench network; other networks are left alone.
+    """Set the whitening filters of an airbench network; other networks stay as they are.
 
-    images: normalised, (N, 3, 32, 32), the first WHITENING_IMAGES of those that it will train on.
+    images: normalised, (N, 3, 32, 32), the first WHITENING_IMAGES of the training images.
     """
     if isinstance(model, Airbench):
         model.whiten(images)
@@ -93,7 +93,7 @@ def cast_weights_(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def checksum(model: nn.Module) -> str:
-    """SHA-256 over the names and the values of all weights, whatever file they came in."""
+    """SHA-256 over the names and values of all weights, independent of the file they came in."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode() + value.contiguous().cpu().numpy().tobytes())
@@ -104,7 +104,7 @@ def checksum(model: nn.Module) -> str:
 
 
 def describe(model: nn.Module, classes: tuple[str, ...]) -> dict:
-    """What a checkpoint says beside the weights; `classes` are the names of the outputs."""
+    """What a checkpoint holds beside the weights; `classes` are the names of the outputs."""
     return {**model.spec, "classes": list(classes)}
 
 
@@ -140,7 +140,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 def load_model(path: str | Path, **expected: int | list[str]) -> nn.Module:
     """Rebuild the network of a weight file, on the CPU and in eval mode.
 
-    Our checkpoints say which network they hold; any other is recognised by its tensors' shapes.
+    Our checkpoints name their network; any other is recognised by the shapes of its tensors.
     `expected` holds the `num_classes` or the `classes` that the file has to have, if it names them.
     Errors: UserError.
     """
@@ -190,8 +190,9 @@ def _load_weights(
 def init_from(model: nn.Module, source: str) -> str:
     """Start `model` from "random", "imagenet" (IMAGENET1K_V1) or the path of a weight file.
 
-    The body is taken, and the head if it has as many classes. A 3x3 stem takes the centre of a 7x7
-    one. Returns a line that says what was taken and what stays random. Errors: UserError.
+    All layers but the head are loaded, and the head if it has as many classes. A 3x3 stem gets the
+    centre of the kernels of a 7x7 stem. Returns a line that says what was loaded and what stays
+    random. Errors: UserError.
     """
     if source == "random":
         return "random weights"

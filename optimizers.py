@@ -77,7 +77,7 @@ class Muon(Optimizer):
                 if group["muon"]:
                     p.mul_(len(p) ** 0.5 / p.norm().clamp(min=1e-7))
                     update = newton_schulz(update.flatten(1), self.dtype).view(p.shape)
-                p.sub_(update * group["lr"])  # which may be a tensor, see `TrainStep`
+                p.sub_(update * group["lr"])  # lr may be a tensor, see `TrainStep`
 
 
 def newton_schulz(matrix: Tensor, dtype: torch.dtype = torch.float32, steps: int = 3) -> Tensor:
@@ -114,10 +114,10 @@ def lr_factor(
 ) -> float:
     """The learning rate of batch `step` (from 0), as a factor of the peak rate.
 
-    none        1 all along
+    none        always 1
     multistep   times `gamma` at each of `milestones`, which are fractions of the run: epochs 25 and
                 40 of 50, and the middle of a single one
-    linear      straight from 1 to 0, after a straight rise over the fraction `warmup` of the run
+    linear      a line from 1 to 0, after a linear rise over the fraction `warmup` of the run
     cosine      half a cosine from 1 to 0 (Loshchilov & Hutter 2017, arXiv 1608.03983)
     onecycle    along cosines from 1/25 to 1 at 30 % of the run, and down to 1/250,000: PyTorch's
                 OneCycleLR with the momentum left alone (Smith & Topin 2018, arXiv 1708.07120)
@@ -151,8 +151,8 @@ def _cosine(start: float, end: float, fraction: float) -> float:
 class EMA:
     """`ema.model` is an exponential moving average of the weights and statistics of `model`.
 
-    Update t, from 1, keeps d = min(decay, (1 + t) / (10 + t)) of what it held, and takes 1 - d of
-    what `model` holds: the random start is soon forgotten (as in timm and diffusers). With decay 0
+    Update t, from 1, is average <- d * average + (1 - d) * model with d = min(decay, (1 + t) /
+    (10 + t)), so that the random start is soon forgotten (as in timm and diffusers). With decay 0
     `ema.model` is `model` itself.
     """
 
@@ -176,7 +176,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Follow the weights after a training step."""
+        """Update the average after a training step."""
         if self.decay == 0:
             return
         self.updates += 1

@@ -1,12 +1,12 @@
-"""The pictures of a run, drawn from the tables in its folder. The data are not needed.
+"""Draw the plots of a run from the tables in its folder. The data are not needed.
 
-    python plots.py runs/student-001                    # draw its pictures again
+    python plots.py runs/student-001                    # draw its plots again
     python plots.py runs/student-001 runs/student-002   # overlay several runs, in comparison/
 
-Several runs have train_val_losses.png and val_accuracy.png. A single one also has confusion.png and
-mistakes.png, once `save_predictions` has written their tables. A folder under results/ serves as
-well as one under runs/. A picture of the same name that plots.py did not draw is replaced in the
-folder of the run alone; in another folder it is an error.
+Several runs share train_val_losses.png and val_accuracy.png. A single run also has confusion.png
+and mistakes.png, once `save_predictions` has written their tables. A folder under results/ works
+like one under runs/. A picture of the same name that plots.py did not draw is replaced in the run's
+own folder only; in another folder it is an error.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -P` leaves out
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` leaves it out
 
 from data import ImageSet
 from experiment import flags
@@ -39,7 +39,7 @@ from experiment.errors import UserError, one_line_errors
 from experiment.files import atomic_write, check_regular
 
 Metrics = dict[str, list[float]]
-# What was trained is told by a column of the CSV. Its meaning, and the training loss beside it:
+# A column of the CSV tells what was trained: its meaning, and title and unit of the training loss.
 KINDS = {
     "train_agreement": (
         "agreement with the teacher on the training images",
@@ -68,7 +68,7 @@ AS_WRITTEN = matplotlib.rc_context({"text.parse_math": False})  # a folder may b
 def read_metrics(folder: str | Path, classifier: bool = True) -> Metrics:
     """The columns of the `metrics.csv` in `folder`, by name.
 
-    Errors: UserError when it has none, or not that of a classifier where `classifier` asks for it.
+    Errors: UserError when there is none or, with `classifier`, when it is not a classifier's.
     """
     path = Path(folder) / "metrics.csv"
     if not path.is_file():
@@ -98,7 +98,7 @@ def _reading(path: Path) -> Iterator[list[dict[str, str]] | dict[str, np.ndarray
             with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
                 yield list(csv.DictReader(file))
     except Exception as error:  # a damaged table or archive raises nearly anything
-        if getattr(error, "filename", None):  # a file that cannot be opened, says an OSError
+        if getattr(error, "filename", None):  # an OSError: the file cannot be opened
             raise
         raise UserError(f"{path} is not the {path.name} of a run") from error
 
@@ -106,12 +106,12 @@ def _reading(path: Path) -> Iterator[list[dict[str, str]] | dict[str, np.ndarray
 def save_predictions(
     folder: Path, test_set: ImageSet, logits: Tensor, teacher_logits: Tensor | None = None
 ) -> None:
-    """Write how a network does on the test images into the folder of its run, in three files.
+    """Write a network's results on the test images to the folder of its run, in three files.
 
-    per_class.csv has a row a class: accuracy in percent, mean cross-entropy in nats and, of a
+    per_class.csv has one row per class: accuracy in percent, mean cross-entropy in nats and, for a
     student, the percent of the images for which the teacher predicts the same class.
-    predictions.csv has a row an image: classes are numbers from 0, `probability` is that of the
-    prediction. mistakes.npz has the same columns for the thirty mistakes of highest probability,
+    predictions.csv has one row per image. Classes are numbers from 0, and `probability` is the
+    prediction's. mistakes.npz has the same columns for the thirty mistakes of highest probability,
     and their `images`, uint8 (30, 32, 32, 3). Both logits: float (N, classes), on the CPU.
     """
     labels, prediction, logits = test_set.labels, logits.argmax(1), logits.double()
@@ -155,7 +155,7 @@ def _write_csv(file: BinaryIO, header: list[str], rows: Iterable[tuple]) -> None
 
 @AS_WRITTEN
 def plot_run(folder: str | Path, output: str | Path | None = None) -> list[Path]:
-    """Draw the pictures of one run into its folder, or `output`: returns their paths."""
+    """Draw the plots of one run to its folder, or to `output`; returns their paths."""
     folder, output = Path(folder), Path(output or folder)
     paths = plot_runs([folder], output)
     for source, draw in (("predictions.csv", _draw_confusion), ("mistakes.npz", _draw_mistakes)):
@@ -166,7 +166,7 @@ def plot_run(folder: str | Path, output: str | Path | None = None) -> list[Path]
 
 @AS_WRITTEN
 def plot_runs(folders: Sequence[str | Path], output: str | Path) -> list[Path]:
-    """Draw the curves of several runs over one another into `output`: returns the paths."""
+    """Draw the curves of several runs, overlaid, to `output`; returns the paths."""
     runs = {str(folder): read_metrics(folder, classifier=False) for folder in folders}
     Path(output).mkdir(parents=True, exist_ok=True)
     paths = [_draw_losses(runs, Path(output) / PICTURES[0])]
@@ -176,7 +176,7 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path) -> list[Path]:
 
 
 def _draw_losses(runs: dict[str, Metrics], path: Path) -> Path:
-    # a KD loss and a cross-entropy are different measures: each has a panel of its own
+    # KD loss and cross-entropy cannot be compared: each has a panel of its own
     kinds = [kind for kind in KINDS if kind in map(_kind, runs.values())]
     titles = [KINDS[kind][1:] for kind in kinds]
     titles += dict.fromkeys(TEST_LOSS if kind else GENERATOR_TEST_LOSS for kind in kinds)
@@ -304,8 +304,8 @@ def _save(figure: Figure, path: Path, named: Sequence[Artist] = ()) -> Path:
     if named:
         figure.set_figheight(figure.get_figheight() + 0.22 * max(0, len(named) - 4))
         figure.legend(handles=named, loc="outside lower center")
-    with warnings.catch_warnings(), atomic_write(path) as file:  # nobody sees half a picture
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for it
+    with warnings.catch_warnings(), atomic_write(path) as file:  # never half a picture
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box is drawn for it
         figure.savefig(file, format="png", dpi=120, metadata={"Source": MARK})
     return path
 
