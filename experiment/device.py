@@ -101,7 +101,7 @@ def hardware(device: torch.device) -> str:
 
 
 def _cpu_info(key: str) -> str:
-    """What /proc/cpuinfo says of the first processor; nothing where there is no such file."""
+    """The first value of `key` in /proc/cpuinfo; empty where there is no such file."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -110,7 +110,7 @@ def _cpu_info(key: str) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next step's activations. Nothing on other systems.
+    """Let glibc keep freed memory for the next step's activations. No effect on other systems.
 
     By default large blocks go back to the kernel, which hands them out again, zeroed, page by page,
     in every training step on a CPU.
@@ -128,6 +128,6 @@ def keep_freed_memory() -> None:
 def seed_everything(seed: int, epoch: int = 0) -> None:
     """Seed PyTorch from (seed, epoch); epoch 0 is for the weights, before training.
 
-    Every epoch is seeded by itself, so that a resumed run draws what the unbroken one would have.
+    Every epoch has its own seed, so a resumed run draws the same numbers as an uninterrupted one.
     """
     torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))

@@ -28,9 +28,9 @@ def is_url(source: str) -> bool:
 def local_file(source: str) -> Path:
     """The path of a weight file, which is downloaded first if `source` is a URL.
 
-    It is kept in PyTorch's hub cache, under a name that begins with a hash of the URL, as many hubs
-    give all their files one name. `URL#sha256=HEX` checks the content. A file that is cut short, or
-    is none that `torch.load` reads with weights_only=True, does not enter the cache. Size and
+    It is kept in PyTorch's hub cache. Its name there begins with a hash of the URL, as many hubs
+    give all files the same name. `URL#sha256=HEX` checks the content. A file that is cut short, or
+    that `torch.load` does not read with weights_only=True, does not enter the cache. Size and
     SHA-256 are printed. Errors: UserError.
     """
     if not is_url(source):
@@ -84,7 +84,7 @@ def _download(url: str, file: BinaryIO) -> None:
     except (HTTPException, urllib.error.URLError, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", None) or error
         raise UserError(f"{url} cannot be downloaded: {reason}") from error
-    except ValueError as error:  # an address or a header that is none
+    except ValueError as error:  # an invalid address or header
         raise UserError(f"{url} cannot be downloaded: {error}") from error
     if size and file.tell() != size:
         raise UserError(f"{url}: the download was cut short, {file.tell()} of {size} bytes came")

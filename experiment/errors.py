@@ -44,7 +44,7 @@ def one_line_errors() -> Iterator[None]:
                 sys.stderr.write(f"\n{stop}\n")
             sys.exit(128 + stop.number)
         except RuntimeError as error:
-            if "can't allocate memory" in str(error):  # of the CPU's allocator
+            if "can't allocate memory" in str(error):  # from the CPU's allocator
                 _exit_for_memory(error)
             if not parallel.is_lost_rank(error):
                 raise
@@ -60,7 +60,7 @@ def _exit_for_memory(error: Exception) -> NoReturn:
 
 
 def one_line(message: str) -> str:
-    """The message without line breaks, and without the middle of what fills screens."""
+    """The message without line breaks, and without its middle if it is very long."""
     line = " ".join(message.split())
     return line if len(line) <= 4000 else f"{line[:3000]} [...] {line[-900:]}"
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: atomic writes, safe loads, nothing overwritten."""
+"""Files that are complete or absent: atomic writes, safe loads, nothing overwritten."""
 
 import io
 import itertools
@@ -30,7 +30,7 @@ def temporary_beside(path: Path) -> Iterator[BinaryIO]:
         ) as file:
             name = file.name
             yield file
-    except OSError as error:  # a full disk, say, whose error names no file
+    except OSError as error:  # on a full disk the error names no file
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         if name is not None:
@@ -76,7 +76,7 @@ def save_without_overwriting(path: Path, state: dict) -> Path | None:
         _finish(file)
         while True:
             try:
-                os.link(file.name, path)  # fails if there is a file by now, as no rename does
+                os.link(file.name, path)  # unlike a rename, it fails if there is a file by now
                 return kept
             except FileExistsError:
                 kept = _set_aside(path) or kept
@@ -124,7 +124,7 @@ def load(path: str | Path) -> dict:
         raise UserError(f"there is no weight file {path}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an odd file, which is refused below if it is bad
+            warnings.simplefilter("ignore")  # a bad file is refused below
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises nearly anything on a broken or hostile file
         kind = type(error).__name__
@@ -137,11 +137,11 @@ def load(path: str | Path) -> dict:
 
 
 def _is_damaged(path: str | Path) -> bool:
-    """Whether a checksum of what `save` wrote is wrong; torch.load looks at none."""
+    """Whether a checksum of what `save` wrote is wrong; torch.load checks none."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is not None
-    except Exception:  # what is damaged may be the archive itself
+    except Exception:  # the archive itself may be damaged
         return True
 
 

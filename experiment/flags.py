@@ -19,26 +19,26 @@ from experiment.parser import parse as parse
 
 
 def add_data_flags(parser: Parser, demo: dict) -> argparse._ArgumentGroup:
-    """From --dataset to --demo, whose defaults are `demo`; returns the group for a script's own."""
+    """--dataset to --demo, whose defaults are `demo`; returns the group, for further flags."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--dataset",
         choices=("cifar10", "cifar100"),
         default="cifar10",
-        help="the real images, and the classes [%(default)s]",
+        help="the real images and the classes [%(default)s]",
     )
     group.add_argument(
         "--data_dir",
         type=Path,
         default=Path("data"),
         metavar="DIR",
-        help="folder of the real images, which are downloaded when absent [%(default)s]",
+        help="folder of the real images, which are downloaded if missing [%(default)s]",
     )
     group.add_argument(
         "--limit",
         type=int_in(1, 10**9),
         metavar="N",
-        help="use only the first N images of each set, for a quick try [all]",
+        help="use only the first N images of each set, for a quick test [all]",
     )
     changes = " ".join(f"--{key} {value}" for key, value in demo.items())
     group.add_argument(
@@ -80,7 +80,7 @@ def add_model_flags(
 
 
 def add_optimisation_flags(parser: Parser, recipe: dict) -> None:
-    """Everything from --epochs to --ema; `recipe` holds the defaults of the script."""
+    """--epochs to --ema; `recipe` holds the defaults of the script."""
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int_in(1, 10**5), metavar="N", help="length of the run [%(default)s]")
     add("--batch_size", type=int_in(2, 10**6), metavar="N", help="images a step [%(default)s]")
@@ -92,26 +92,26 @@ def add_optimisation_flags(parser: Parser, recipe: dict) -> None:
     add(
         "--scheduler",
         choices=("none", "multistep", "cosine", "onecycle", "linear"),
-        help="how the rate changes, batch by batch [%(default)s]",
+        help="schedule of the learning rate, applied every batch [%(default)s]",
     )
     add(
         "--milestones",
         type=float_in(0, 1, above=True),
         nargs="+",
         metavar="X",
-        help="where multistep drops the rate, as fractions of the run %(default)s",
+        help="when multistep drops the learning rate, as fractions of the run %(default)s",
     )
     add(
         "--gamma",
         type=float_in(0, 1, above=True),
         metavar="X",
-        help="factor of the rate at each milestone [%(default)s]",
+        help="factor of the learning rate at each milestone [%(default)s]",
     )
     add(
         "--warmup",
         type=float_in(0, 0.9),
         metavar="X",
-        help="fraction of the run over which linear rises before it falls [%(default)s]",
+        help="fraction of the run in which linear rises before it falls [%(default)s]",
     )
     add(
         "--ema",
@@ -132,7 +132,7 @@ def add_optimisation_flags(parser: Parser, recipe: dict) -> None:
 
 
 def add_augmentation_flags(parser: Parser, choices: Sequence[str] = ()) -> None:
-    """--augment, if there is a choice, --mixup and --cutmix."""
+    """--augment, if there are `choices`, --mixup and --cutmix."""
     group = parser.add_argument_group("augmentation")
     if choices:
         group.add_argument(
@@ -152,14 +152,14 @@ def add_augmentation_flags(parser: Parser, choices: Sequence[str] = ()) -> None:
             help=f"{name} of every batch, with shares from Beta(ALPHA, ALPHA); 0 for none "
             "[%(default)s]",
         )
-    smallest = "an ALPHA of 0 or from 0.001"  # below, its float32 is 0, of which there is no Beta
+    smallest = "an ALPHA of 0 or from 0.001"  # a smaller one can be 0 in float32: no Beta(0, 0)
     parser.add_need("mixup", smallest, lambda a: a.mixup == 0 or a.mixup >= 0.001)
     parser.add_need("cutmix", smallest, lambda a: a.cutmix == 0 or a.cutmix >= 0.001)
     parser.add_need("cutmix", "leaving --mixup out", lambda a: not a.mixup)
 
 
 def add_temperature_flag(add: Callable) -> None:
-    """--temperature of the distillation, to a group whose `add_argument` is `add`."""
+    """--temperature of the distillation; `add` is the `add_argument` of its group."""
     add(
         "--temperature",
         "--kd_temp",
@@ -171,14 +171,14 @@ def add_temperature_flag(add: Callable) -> None:
 
 
 def add_run_flags(parser: Parser, name: str, output: str) -> None:
-    """From --seed to --output."""
+    """--seed to --output."""
     add = parser.add_argument_group("run").add_argument
     add(
         "--seed",
         type=int_in(0, 2**32 - 1),
         default=0,
         metavar="N",
-        help="of the initial weights, the order of the images and augmentation [%(default)s]",
+        help="seed of initial weights, order of the images and augmentation [%(default)s]",
     )
     add(
         "--device",
@@ -190,13 +190,13 @@ def add_run_flags(parser: Parser, name: str, output: str) -> None:
         "--amp",
         choices=("auto", "bf16", "fp16", "off"),
         default="auto",
-        help="autocast; auto is bf16 on GPUs and CPUs that multiply it in hardware, fp16 with loss "
+        help="autocast; auto is bf16 on GPUs and CPUs that have it in hardware, fp16 with loss "
         "scaling on older CUDA GPUs, else off [%(default)s]",
     )
     add(
         "--no_cuda_graph",
         action="store_true",
-        help="on CUDA, launch every kernel from Python instead of replaying a recorded graph",
+        help="on CUDA, launch every kernel from Python instead of replaying a CUDA graph",
     )
     add(
         "--sync_bn",

@@ -1,4 +1,4 @@
-"""The files and the rules of a run's folder, and where its numbers come from."""
+"""The files and the rules of a run's folder, and the provenance of its numbers."""
 
 import csv
 import io
@@ -35,7 +35,7 @@ LOCK = ".lock"
 CHECKPOINTS = ("last.pt", "best.pt", LOCK)
 OTHER_SUFFIXES = (".json", ".csv", ".png", ".npz", ".tmp")
 LONGEST_NAME = 255 - len(".001")  # bytes, for a file that may have to be renamed to name.001.pth
-# Where things are, and what computes them; what is computed stays when a run is resumed.
+# Where files are and what computes: no other flag may change when a run is resumed.
 MAY_CHANGE_ON_RESUME = (
     *("resume", "output", "data_dir", "synthetic_data_dir", "val_dir", "teacher_weights", "init"),
     *("label_file", "device", "no_cuda_graph", "workers"),
@@ -47,8 +47,8 @@ def parse_args(
 ) -> Namespace:
     """Parse `argv`; with --resume, the flags are those of the stopped run.
 
-    `name` is what the script makes, such as "teacher". Flags that would make the resumed run
-    another one are refused. Errors: UserError when there is no such run.
+    `name` is what the script makes, such as "teacher". A flag that would change what the resumed
+    run computes is refused. Errors: UserError when there is no such run.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     given = parser.parse_args(argv)
@@ -87,7 +87,7 @@ def read_config(folder: Path) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
         config = json.loads(text, parse_constant=_refuse)
-        if not isinstance(config["args"], dict) or "\\u0000" in text:  # which ends a file name in C
+        if not isinstance(config["args"], dict) or "\\u0000" in text:  # NUL ends a path in C
             raise ValueError
         json.dumps(config, ensure_ascii=False).encode("utf-8", "surrogateescape")
         made_by = config.get("format", 1)
@@ -103,7 +103,7 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def _refuse(constant: str) -> NoReturn:  # NaN and Infinity, which are no JSON
+def _refuse(constant: str) -> NoReturn:  # NaN and Infinity are not JSON
     raise ValueError(constant)
 
 
@@ -172,7 +172,7 @@ def _next_folder(name: str) -> Path:
 
 
 def refuse_if_used(folder: Path) -> None:
-    """Errors: UserError when there is anything in the folder of a run that is to be new."""
+    """Errors: UserError when the folder of a new run is not empty."""
     if folder.is_dir():
         names = [path.name for path in folder.iterdir()]
         if any(name != LOCK and not name.endswith(".tmp") for name in names):
@@ -216,7 +216,7 @@ def made_by(path: Path) -> str | None:
 
 
 def lock(folder: Path) -> BinaryIO:
-    """Keep other processes out of `folder` while the file is open: until this process is gone."""
+    """Keep other processes out of `folder` while the file is open, at most until this one ends."""
     check_regular(folder / LOCK)
     file = open(folder / LOCK, "ab")  # noqa: SIM115
     try:
@@ -231,7 +231,7 @@ def lock(folder: Path) -> BinaryIO:
 
 
 def check_lock(file: BinaryIO, folder: Path) -> None:
-    """Errors: UserError if `folder` is another one than that of which `file` is the lock."""
+    """Errors: UserError if `file` is no longer the lock of `folder`."""
     try:
         same = os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK))
     except OSError:
@@ -241,7 +241,7 @@ def check_lock(file: BinaryIO, folder: Path) -> None:
 
 
 def provenance(device: torch.device, amp: torch.dtype | None) -> dict:
-    """Where numbers come from: command, time, commit, versions, hardware and precision."""
+    """The provenance of numbers: command, time, commit, versions, hardware and precision."""
     git = "git describe --always --dirty --abbrev=12 --exclude=*".split()
     try:
         here = Path(__file__).parent

@@ -32,12 +32,12 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """The number of this process on its machine, from 0: that of its GPU."""
+    """The number of this process on its machine, from 0, and of its GPU."""
     return int(os.environ.get("LOCAL_RANK") or 0)
 
 
 def environment_problem() -> str | None:
-    """What is wrong with the variables that torchrun sets, as a cluster's shell may set some."""
+    """What is wrong with torchrun's variables: a cluster's shell may set some of them. Or None."""
     given = {name: os.environ.get(name, "") for name in TORCHRUN_SETS}
     if given["WORLD_SIZE"] in ("", "1") and given["RANK"] in ("", "0"):
         return None  # one process, whatever the others are
@@ -54,7 +54,7 @@ def environment_problem() -> str | None:
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the one that prints and writes."""
+    """Whether this is the process that prints and writes."""
     return rank() == 0
 
 
@@ -85,7 +85,7 @@ def _stop() -> None:
 def distribute(model: nn.Module, sync_batchnorm: bool = False) -> nn.Module:
     """Wrap `model` in DistributedDataParallel; returns `model` itself on one process.
 
-    The wrapper is what training calls; `model` stays what is saved and tested. BatchNorm uses the
+    Training calls the wrapper; `model` itself is saved and tested. BatchNorm uses the
     statistics of each rank's own slice of the batch or, with `sync_batchnorm`, of the whole batch.
     """
     if world_size() == 1:
@@ -99,9 +99,9 @@ def distribute(model: nn.Module, sync_batchnorm: bool = False) -> nn.Module:
 
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Rank 0 runs the block before the others do, which then find what it has downloaded.
+    """Rank 0 runs the block first. The other ranks then find what it has downloaded.
 
-    The other ranks have to share a disk with it.
+    All ranks have to share a disk.
     """
     if world_size() > 1 and not is_rank_zero():
         dist.barrier()
@@ -139,12 +139,12 @@ def broadcast(value: object) -> object:
 
 
 def rank_slice(n: int) -> slice:
-    """This rank's rows of n: consecutive, and as many as another's, or one more."""
+    """This rank's rows of n: consecutive. The numbers of any two ranks differ by at most one."""
     return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 
 def gather_rows(own: Tensor, n: int) -> Tensor:
-    """All n rows on every rank, of which each has computed its `rank_slice`."""
+    """All n rows on every rank; each rank passes its own `rank_slice` of them."""
     if world_size() == 1:
         return own
     rows = own.new_zeros(n, *own.shape[1:])
@@ -153,7 +153,7 @@ def gather_rows(own: Tensor, n: int) -> Tensor:
 
 
 def is_lost_rank(error: BaseException | None) -> bool:
-    """Whether `error` is how the death of another rank shows in this one."""
+    """Whether `error` means that another rank has died."""
     signs = ("gloo", "nccl", "peer", "tcpstore")
     return (
         world_size() > 1

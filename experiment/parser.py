@@ -15,7 +15,7 @@ from experiment.errors import one_line
 class Parser(argparse.ArgumentParser):
     """Takes no abbreviated flags, and reports an error in one line.
 
-    `arguments` are those without a name, for the first line of --help.
+    `arguments` names the positional ones, for the first line of --help.
     """
 
     def __init__(self, description: str, arguments: str = "") -> None:
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        self.source = ""  # where the flags come from, when not from the command line
+        self.source = ""  # the file of the flags, if not the command line
         self.needs: list[tuple[str, str, Callable[[Namespace], bool]]] = []
 
     def add_need(self, flag: str, needs: str, has: Callable[[Namespace], bool]) -> None:

@@ -1,4 +1,4 @@
-"""What a run shows on the screen while it trains."""
+"""The console output of a run while it trains."""
 
 import sys
 import time
@@ -13,9 +13,9 @@ BAR = "{percentage:3.0f}% {bar} epoch {n:.2f}/{total} [{elapsed}<{remaining}{pos
 
 
 class Progress:
-    """A line an epoch; before the first one a forecast or, on a terminal, a bar with one.
+    """One line per epoch; before the first a forecast or, on a terminal, a progress bar.
 
-    `done` of the `epochs` were trained before, in a run that is resumed.
+    In a resumed run, `done` of the `epochs` were trained before.
     """
 
     def __init__(self, done: int, epochs: int) -> None:
@@ -54,7 +54,7 @@ class Progress:
         self.bar.update(self.done - self.bar.n)
 
     def close(self) -> None:
-        """Take the bar off the screen's last lines."""
+        """Remove the progress bar."""
         self.bar.close()
 
 

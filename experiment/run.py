@@ -57,17 +57,18 @@ class Run:
                 run.log({"train_loss": ..., "test_loss": ..., "test_accuracy": ...})
             run.finish()
 
-    `state` names all that training changes, each with a state_dict: "model", which is exported,
-    "optimizer", "scheduler" and what else there is. `about` is stored with the model's weights in
-    every checkpoint, for the network to be built again. `must_match` is what has to be the same
-    when the run is resumed, such as the number of images; it goes to config.json, as do `args` and
-    `extra`. `on_save(folder)` draws the plots. `metric` names the column whose best row is kept in
-    best.pt; None for no such row. Of `args`, these are read here: epochs, seed, demo, run_dir,
+    `state` holds everything that training changes, each with a state_dict: "model", which is
+    exported, "optimizer", "scheduler" and others. `about` is stored with the model's weights in
+    every checkpoint, to rebuild the network. `must_match` has to be the same when the run is
+    resumed, such as the number of images. It goes to config.json, as do `args` and `extra`.
+    `on_save(folder)` draws the plots. `metric` names the column whose best epoch is kept in
+    best.pt; None for no best.pt. Of `args`, these are read here: epochs, seed, demo, run_dir,
     resume and output.
 
-    Every epoch the state is copied, and written at most every SAVE_EVERY seconds; leaving the
-    `with` block, also by a signal, writes the last copy. metrics.csv is written from the history in
-    last.pt: they cannot disagree. Rank 0 alone touches the folder. Errors: UserError, OSError.
+    Every epoch the state is copied to memory, and written to disk at most every SAVE_EVERY seconds.
+    Leaving the `with` block, also by a signal, writes the last copy. metrics.csv is written from
+    the history in last.pt, so they cannot disagree. Only rank 0 touches the folder. Errors:
+    UserError, OSError.
     """
 
     def __init__(
@@ -84,10 +85,10 @@ class Run:
         **extra,
     ) -> None:
         self.args, self.about, self.on_save, self.metric = args, about, on_save, metric
-        model = state["model"]  # which may be there under a second name
+        model = state["model"]  # may be there under a second name
         self.state = {k: part for k, part in state.items() if k == "model" or part is not model}
         self.history: list[dict[str, float]] = []
-        self.pending: dict[str, dict] = {}  # what is to be written, by file name
+        self.pending: dict[str, dict] = {}  # checkpoints to write, by file name
         self.saved_at = -math.inf
         self.progress: Progress | None = None
         self.signals = StopSignals(self._stop)
@@ -106,14 +107,14 @@ class Run:
         print(f"to resume it after a stop: {self._resume_command()}", flush=True)
 
     def _create(self, name: str) -> None:
-        """A new folder, of which this process has the lock."""
+        """Make a new folder and lock it."""
         self.folder = claim_folder(self.args.run_dir, name, self.output)
         self.lock = lock(self.folder)
-        refuse_if_used(self.folder)  # of two runs that start at once, one ends here
+        refuse_if_used(self.folder)  # two runs may start at once: one ends here
         self.output.parent.mkdir(parents=True, exist_ok=True)
 
     def _open(self, must_match: dict) -> None:
-        """The folder of the run that is resumed."""
+        """Check and lock the folder of the run that is resumed."""
         self.config = read_config(self.folder)
         check_parts(self.config, self.folder)
         check_output(self.output, self.folder)
@@ -130,9 +131,9 @@ class Run:
     # ------------------------------------------------------------------------------- the epochs
 
     def epochs(self) -> Iterator[int]:
-        """Every epoch that is still to train, counted from 1, after restoring what was saved.
+        """Restore the last checkpoint, then yield each epoch that is left, counted from 1.
 
-        The random numbers of each come from (seed, epoch).
+        The random numbers of an epoch come from (seed, epoch).
         """
         self._restore()
         self.progress = Progress(len(self.history), self.args.epochs)
@@ -144,14 +145,14 @@ class Run:
         self.progress.close()
 
     def on_batch(self, fraction: float, loss: Tensor) -> None:
-        """Show that this fraction of the epoch is done."""
+        """Show the fraction of the epoch that is done."""
         self.progress.on_batch(fraction, loss)
 
     def log(self, row: dict[str, float]) -> None:
-        """End the epoch: a row of metrics.csv, the checkpoint, now and then plots, a printed line.
+        """End the epoch: print `row`, copy the state and, every SAVE_EVERY seconds, write and plot.
 
-        `row` gets the epoch, the learning rate it began with, and its seconds, which include what
-        the epoch before took to be saved and drawn. Errors: UserError if a number is not finite.
+        `row` gets the epoch, the learning rate it began with, and its seconds, which include saving
+        and plotting the epoch before. Errors: UserError if a number is not finite.
         """
         row = {"epoch": self.epoch, "lr": self.lr, **row}
         self._check(row)
@@ -170,7 +171,7 @@ class Run:
         if not parallel.is_rank_zero():
             return
         self._write()
-        self._draw()  # now with what the script has written at the end
+        self._draw()  # again, with the tables that the script wrote at the end
         if self.metric:
             last, best = self.history[-1], self.best
             print(
@@ -190,7 +191,7 @@ class Run:
 
     @property
     def best(self) -> dict[str, float]:
-        """The first row with the highest `metric`. It is reported, and decides nothing."""
+        """The first row with the highest `metric`. It is only reported."""
         return max(self.history, key=lambda row: row[self.metric])
 
     def _check(self, row: dict[str, float]) -> None:
@@ -211,7 +212,7 @@ class Run:
     # --------------------------------------------------------------------------------- the files
 
     def _restore(self) -> None:
-        """Load last.pt, if there is one yet, and begin a new part of a resumed run."""
+        """Load last.pt, if there is one, and begin a new part of a resumed run."""
         path = Path(self.folder or "", "last.pt")
         found = parallel.is_rank_zero() and path.exists()
         saved = parallel.broadcast(load(path) if found else None)
@@ -232,7 +233,7 @@ class Run:
     def _load(self, saved: dict) -> None:
         for key, part in self.state.items():
             loaded = saved[key]
-            if key == "optimizer":  # its options stay: what is fused depends on the device
+            if key == "optimizer":  # its options stay: `fused` depends on the device
                 loaded = {**part.state_dict(), "state": loaded["state"]}
             part.load_state_dict(loaded)
         optimizer, scheduler = self.state["optimizer"], self.state["scheduler"]
@@ -241,7 +242,7 @@ class Run:
         self.history = checked_history(saved["history"])
 
     def _keep(self) -> None:
-        """Copy the state, on its device, for the next writing."""
+        """Copy the state, on its device, for the next write."""
         state = {key: part.state_dict() for key, part in self.state.items()}
         last = {**self._checkpoint(), **cloned(state), "history": list(self.history)}
         self.pending["last.pt"] = last
@@ -264,7 +265,7 @@ class Run:
         new = "last.pt" in self.pending
         for name in sorted(self.pending):  # best.pt before last.pt: a killed run repeats the epoch
             save(self.folder / name, to_cpu(self.pending[name]))
-            del self.pending[name]  # not before: a signal may come in between
+            del self.pending[name]  # after `save`: a signal may come in between
             if name == "last.pt":
                 write_metrics(self.folder, self.history)
                 self._write_config()
@@ -279,8 +280,8 @@ class Run:
                 print(f"note: no plots were drawn: {error}", flush=True)
 
     def _export(self) -> Path | None:
-        """Write the network to --output; returns the new name of another one that was there."""
-        with self.signals.held():  # until the file stands
+        """Write the network to --output; returns the new name of an older file there, if any."""
+        with self.signals.held():  # until the file is written
             self._stamp()
             state = {**self._checkpoint(), "model": to_cpu(self.state["model"].state_dict())}
             again = made_by(self.output) == self.config["run_id"]  # this run was finished before
@@ -289,7 +290,7 @@ class Run:
         return kept
 
     def _stamp(self) -> None:
-        """Before any writing: note the seconds of this part, from the start of the script."""
+        """Before every write: check the lock, and record the seconds since the script started."""
         check_lock(self.lock, self.folder)
         self.part["seconds"] = round(time.perf_counter() - IMPORTED, 1)
 
@@ -302,9 +303,9 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        self.signals.holding = True  # no signal interrupts the last writing
+        self.signals.holding = True  # no signal interrupts the last write
         try:
-            if self.progress:  # else it has not begun
+            if self.progress:  # else no epoch has begun
                 self.progress.close()
             if self.progress and parallel.is_rank_zero():
                 self.flush()

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP stop a run, but never in the middle of something."""
+"""SIGINT, SIGTERM and SIGHUP stop a run, but never in the middle of a write."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -13,10 +13,11 @@ STOP_SIGNALS = tuple(
 
 
 class StopSignals:
-    """Calls `stop(number)`, which raises, when a signal arrives; after the block, if in `held()`.
+    """Calls `stop(number)`, which raises, when a signal arrives or, in `held()`, after the block.
 
-    The same signal once more ends the process at once. Another one does not: who logs out sends
-    SIGHUP and SIGTERM. Nor does any under torchrun, which sends a second one, and kills later.
+    A second signal of the same kind ends the process at once. One of another kind does not: a
+    logout sends SIGHUP and SIGTERM. Under torchrun none does: it sends a second signal itself, and
+    kills later.
     """
 
     def __init__(self, stop: Callable[[int], None]) -> None:
@@ -26,7 +27,7 @@ class StopSignals:
         self.handlers: dict[int, object] = {}
 
     def install(self) -> None:
-        """Take over from the handlers that are in place."""
+        """Replace the signal handlers."""
         for number in STOP_SIGNALS:
             handler = signal.getsignal(number)
             if handler is signal.SIG_IGN and number != signal.SIGINT:

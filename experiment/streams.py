@@ -13,8 +13,8 @@ LOST = "note: standard output cannot be written; it is dropped from here on\n"
 class SteadyStream:
     """The text stream `stream`, which drops what it cannot write instead of raising.
 
-    `lost` is printed on stderr when that begins. None for `stream` stands for one that was closed
-    before Python started.
+    `lost` is printed on stderr when it begins to drop. `stream` is None if it was closed before
+    Python started.
     """
 
     def __init__(self, stream: TextIO | None, lost: str = "") -> None:
@@ -50,7 +50,7 @@ class SteadyStream:
 
 
 def _printable(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Bytes of a file name that is not UTF-8 as they are, other characters as escapes."""
+    """Keep the bytes of a file name that is not UTF-8, and escape all other characters."""
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeError:

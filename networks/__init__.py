@@ -1,1 +1,1 @@
-"""Networks that torchvision does not have, and the CIFAR stems of those that it has."""
+"""Networks that torchvision lacks, and CIFAR stems for torchvision's networks."""

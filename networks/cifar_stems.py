@@ -1,4 +1,4 @@
-"""torchvision's networks for 32x32 images: the first layers keep more of the resolution."""
+"""CIFAR stems of torchvision's networks: for 32x32, the first layers downsample less."""
 
 from torch import nn
 

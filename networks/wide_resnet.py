@@ -1,9 +1,9 @@
 """Wide ResNets for 32x32 images: WRN-depth-width of Zagoruyko & Komodakis (arXiv 1605.07146).
 
 A 3x3 convolution, three groups of (depth - 4) / 6 blocks at 32x32, 16x16 and 8x8 with 16, 32 and 64
-times `width` channels, and the mean over the picture. A block is BN-ReLU-conv-BN-ReLU-conv, added
-to what came in; where the number of channels changes, that is a 1x1 convolution of the first
-BN-ReLU. There is no dropout. torchvision has the wide ResNet-50 and -101 for ImageNet alone.
+times `width` channels, and global average pooling. A block adds BN-ReLU-conv-BN-ReLU-conv to its
+input. Where the number of channels changes, it adds them to a 1x1 convolution of the first BN-ReLU
+instead. There is no dropout. torchvision has only the wide ResNet-50 and -101 for ImageNet.
 """
 
 import torch.nn.functional as F
