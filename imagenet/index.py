@@ -27,8 +27,8 @@ DMKD = re.compile(r"class_(\d+)_seed_\d+_num_\d+\.png", re.ASCII)
 class ImageFiles:
     """names: bytes (N,), paths below `folder`; labels: int64 (N,), indices into `classes`.
 
-    The names are one array: a list would be copied into every worker bit by bit, as counting the
-    references to its strings writes to their memory (https://github.com/pytorch/pytorch/issues/13246).
+    The names are one array. A list would be copied into every worker bit by bit, as the reference
+    counts of its strings change (https://github.com/pytorch/pytorch/issues/13246).
     """
 
     folder: str
@@ -43,7 +43,7 @@ class ImageFiles:
         return os.path.join(self.folder, os.fsdecode(self.names[i]))
 
     def spread(self, n: int | None) -> "ImageFiles":
-        """n images, evenly spaced, as the first n would be of a class or two; all for None."""
+        """n evenly spaced images, or all for None. The first n would be of a class or two."""
         n = min(n or len(self), len(self))
         index = torch.arange(n) * len(self) // n
         return replace(self, names=self.names[index.numpy()], labels=self.labels[index])
@@ -54,18 +54,18 @@ def list_images(
 ) -> ImageFiles:
     """The images of a training or a validation set, sorted by name.
 
-    n01440764/*.JPEG        a folder for each class, by WordNet id, as in ImageNet
+    n01440764/*.JPEG        one folder per class, by WordNet id, as in ImageNet
     000_tench/*.jpg         by number and words: Stable-ImageNet-1K (generate_imagenet1k.py of
                             github.com/vkinakh/stable-diffusion-imagenet); or plain numbers
     apple/*.png             by words
     class_0_seed_1_num_2.png    no class folders: DM-KD (AIGC_generate.py of
                             github.com/zhengli97/DM-KD)
 
-    A number is the class, and some classes may be absent. Other folders, sorted, are the classes,
-    and there have to be `num_classes`; for the 1000 WordNet ids of ImageNet this is the order of
-    every published network. A set with only some of its teacher's classes needs `classes`, all of
-    them in order, from `read_classes`. Numbered folders are checked against `classes`, and words
-    for 1000 classes against torchvision's. Only hidden files are passed over. Errors: UserError
+    A number is the class, and classes may be missing. Other folders, sorted, are the classes, and
+    there have to be `num_classes` of them. For the 1000 WordNet ids of ImageNet this is the order
+    of every published network. A set with only some of its teacher's classes needs `classes`: all
+    of them in order, from `read_classes`. Numbered folders are checked against `classes`, and the
+    names of 1000 classes against torchvision's. Only hidden files are skipped. Errors: UserError
     that names the file and the rule.
     """
     folder = str(folder)
@@ -100,13 +100,13 @@ def list_images(
 
 
 def _visible(folder: str) -> list[os.DirEntry]:
-    """What is in `folder` and not hidden, sorted by name."""
+    """The entries of `folder` that are not hidden, sorted by name."""
     with os.scandir(folder) as entries:
         return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
 
 
 def _images(entries: list[os.DirEntry]) -> list[str]:
-    """The names of `entries`. Errors: UserError if one is not an image by its kind and name."""
+    """The names of `entries`. Errors: UserError if one is no regular file with an image's name."""
     for entry in entries:
         if entry.is_dir():
             raise UserError(f"{entry.path}: a folder where there should be images")
@@ -157,17 +157,17 @@ def _label_folders(
 
 
 def plain(words: str) -> str:
-    """The name of a class without what differs between lists: underscores and capitals."""
+    """A class name without the differences between lists: underscores and capitals."""
     return words.replace("_", " ").casefold().strip()
 
 
 def read_classes(label_file: str | Path, num_classes: int) -> tuple[str, ...]:
     """The names of all classes, in order.
 
-    The file is a Python dict as text, {0: 'tench', ...}, as that of Stable-ImageNet-1K, or has one
-    line for each class: its name, or `n01440764 tench, Tinca tinca` as in Kaggle's
-    LOC_synset_mapping.txt, which gives the WordNet id. Ids have to be sorted: that is the order of
-    the networks. Two classes may have the same words: ImageNet has two cranes. Errors: UserError.
+    The file is a Python dict as text, {0: 'tench', ...}, as in Stable-ImageNet-1K, or has one line
+    per class: its name, or `n01440764 tench, Tinca tinca` as in Kaggle's LOC_synset_mapping.txt,
+    which gives the WordNet id. Ids have to be sorted, as the networks' outputs are. Two classes may
+    have the same name: ImageNet has two cranes. Errors: UserError.
     """
     try:
         text = Path(label_file).read_text(encoding="utf-8").strip()
@@ -191,7 +191,7 @@ def read_classes(label_file: str | Path, num_classes: int) -> tuple[str, ...]:
 def check_same_classes(a: ImageFiles, b: ImageFiles) -> None:
     """Errors: UserError where two sets do not number the same classes, as far as names tell.
 
-    WordNet ids and words are not compared: words have been compared with torchvision's.
+    WordNet ids are not compared with words, which `list_images` has compared with torchvision's.
     """
     if are_wordnet_ids(a.classes) != are_wordnet_ids(b.classes):
         return
@@ -202,10 +202,10 @@ def check_same_classes(a: ImageFiles, b: ImageFiles) -> None:
 
 
 def names_as_in_torchvision(classes: Sequence[str]) -> int | None:
-    """How many of 1000 classes have the name that torchvision's networks have in their place.
+    """How many of 1000 classes have the name of torchvision's class with the same number.
 
     None if the classes are not named by words, or are not 1000. Errors: UserError for less than a
-    tenth: the words of ImageNet in another order, such as the alphabet's.
+    tenth: ImageNet's words in another order, such as alphabetical.
     """
     names = ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
     if len(classes) != len(names) or are_wordnet_ids(classes):

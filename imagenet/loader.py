@@ -1,8 +1,8 @@
-"""Images in folders, too many for the memory: checked, decoded by workers, served in batches.
+"""Batches of images that do not fit in memory: checked, and decoded by workers.
 
     folder -> index.ImageFiles -> FolderLoader -> normalised float batches
 
-Workers decode, crop and resize to uint8; batches are normalised, and mixed, on the device.
+Workers decode, crop and resize to uint8. Batches are normalised and mixed on the device.
 """
 
 import os
@@ -28,7 +28,7 @@ from experiment.errors import UserError
 from experiment.signals import STOP_SIGNALS
 from imagenet.index import ImageFiles, names_as_in_torchvision
 
-# Channel statistics of ImageNet, those that torchvision's published weights were trained with.
+# Channel statistics of ImageNet, with which torchvision's published weights were trained.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -38,7 +38,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @contextmanager
 def opened(path: str) -> Iterator[Image.Image]:
-    """A JPEG or PNG that is not decoded yet. Whatever goes wrong within is a UserError."""
+    """A JPEG or PNG that is not decoded yet. Any error in the block becomes a UserError."""
     try:
         with warnings.catch_warnings(), Image.open(path, formats=("JPEG", "PNG")) as picture:
             warnings.simplefilter("ignore")  # what Pillow warns of is refused, or harmless
@@ -62,8 +62,8 @@ def load_view(path: str, size: int, seed: int | None) -> Tensor:
 def random_view(picture: Image.Image, size: int, seed: int, reduced: bool = True) -> Tensor:
     """torchvision's RandomResizedCrop, 8 to 100 % of the area, and RandomHorizontalFlip.
 
-    With `reduced`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which libjpeg does at less
-    cost, if the crop still has at least `size` pixels a side then.
+    With `reduced`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is faster, if the crop
+    then still has at least `size` pixels a side.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -94,7 +94,7 @@ def _pixels(picture: Image.Image) -> Tensor:
 
 
 def check_data(files: ImageFiles, sample: int = 1000) -> str:
-    """A report of three lines: counts, and what a random `sample` of the images shows.
+    """A report of three lines: counts, and the properties of a random `sample` of the images.
 
     Errors: UserError if an image cannot be read, which would end a run hours later.
     """
@@ -128,7 +128,7 @@ def check_data(files: ImageFiles, sample: int = 1000) -> str:
 
 
 def _look(path: str) -> tuple[str, str, bool, float, float]:
-    """Of an image: format, size, whether it has one colour, kilobytes, and a view's seconds."""
+    """Format, size, whether it has one colour, kilobytes, and the seconds of a view of an image."""
     began = time.perf_counter()
     load_view(path, 224, seed=0)
     seconds = time.perf_counter() - began
@@ -145,13 +145,13 @@ class FolderLoader:
     """Batches of ImageFiles: float32 (B, 3, size, size) in channels-last, and labels, on `device`.
 
     A seed gives the same views with any number of workers and ranks: the order, and a seed for each
-    view, come from PyTorch's CPU generator when an epoch begins. `batch_size` is the global one:
-    each rank gets its slice of every training batch, or of the images that come in order. `train`,
-    `mixup` and `cutmix` are those of data.DeviceLoader, but images are mixed within a rank.
-    `labels` are those of all images.
+    view, are drawn from PyTorch's CPU generator when an epoch begins. `batch_size` is the global
+    one: each rank gets its slice of every training batch, or of the images in order. `train`,
+    `mixup` and `cutmix` are as in data.DeviceLoader, but images are mixed within a rank. `labels`
+    has the labels of all images.
 
     `workers` processes decode to uint8, a quarter of the bytes; with 0, this process does. Errors:
-    UserError that names an image which cannot be read, or says that a worker was killed.
+    UserError that names an image which cannot be read, or reports a killed worker.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class FolderLoader:
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
             worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # or it would draw from the one that seeds the views
+            generator=torch.Generator(),  # its own: the default one seeds the views
         )
 
     def __len__(self) -> int:
@@ -225,7 +225,7 @@ class FolderLoader:
                 if isinstance(batch, UserError):  # raised itself, it would keep the workers alive:
                     raise UserError(str(batch))  # its traceback leads to a frame that holds it
                 yield batch
-        except (RuntimeError, ConnectionError, EOFError) as error:  # of its queue, or its pipe
+        except (RuntimeError, ConnectionError, EOFError) as error:  # from its queue or pipe
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise UserError(

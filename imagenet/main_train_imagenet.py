@@ -4,11 +4,11 @@
     python imagenet/main_train_imagenet.py
     torchrun --nproc_per_node=8 imagenet/main_train_imagenet.py
 
-The method is that of main_train_cifar10.py, and the recipe that of DM-KD's ImageNet script
-(https://github.com/zhengli97/DM-KD). A ResNet18 with random weights sees synthetic images alone,
-which stay in their folders, and is tested on the real validation set after every epoch. The last
-epoch's student goes to student_imagenet_kd.pth; plots, metrics.csv and checkpoints are in
-runs/imagenet-001. Not yet trained to the end; imagenet/README.md has the cost, by arithmetic.
+The method is the one of main_train_cifar10.py, and the recipe the one of DM-KD's ImageNet script
+(https://github.com/zhengli97/DM-KD). A ResNet18 with random weights sees only synthetic images,
+which are read from their folders. After every epoch it is tested on the real validation set. The
+last epoch's student goes to student_imagenet_kd.pth. Plots, metrics.csv and checkpoints are in
+runs/imagenet-001. imagenet/README.md describes the data and estimates the cost.
 """
 
 import sys
@@ -42,7 +42,7 @@ from models import (
 from optimizers import EMA, build_optimizer, build_scheduler
 from plots import plot_run
 
-NETWORKS = tuple(CIFAR_STEMS)  # those of torchvision, here with their own stems
+NETWORKS = tuple(CIFAR_STEMS)  # torchvision's, with their own stems
 # The published recipe.
 RECIPE = dict(
     epochs=100,
@@ -80,10 +80,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         "--label_file",
         type=Path,
         metavar="FILE",
-        help="all classes in order, for training images of some of them: the label file of "
-        "Stable-ImageNet-1K, or Kaggle's LOC_synset_mapping.txt",
+        help="lists all classes in order, if the training images are of some of them only: the "
+        "label file of Stable-ImageNet-1K, or Kaggle's LOC_synset_mapping.txt",
     )
-    add("--check_data", action="store_true", help="count and sample the images, report, and stop")
+    add("--check_data", action="store_true", help="count and sample the images, report and exit")
     add("--num_classes", type=count, default=1000, metavar="N", help="how many [%(default)s]")
     add("--image_size", type=side, default=224, metavar="N", help="pixels a side [%(default)s]")
     add("--limit", type=count, metavar="N", help="use N images of each set, evenly spaced [all]")
@@ -166,7 +166,7 @@ def main(args: Namespace) -> None:
     with Run(args, "imagenet", state, about, device, amp, must_match, plot_run, **extra) as run:
         for epoch in run.epochs():
             train = train_one_epoch(student, train_loader, step, scheduler, run.on_batch)
-            final = epoch == args.epochs  # tested in float32, whatever the training was in
+            final = epoch == args.epochs  # tested in float32, whatever --amp is
             test = evaluate(ema.model, test_loader, None if final else amp)
             run.log(
                 {

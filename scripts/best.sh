@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The recipe we expect most of: a teacher of 200 epochs, and a long, strongly augmented student.
+# The long recipe: a teacher of 200 epochs, and a student of 600 with CutMix and strong augmentation.
 #
 #     bash scripts/best.sh [SEED ...]
 #
-# Made for a GPU. TEACHER_EPOCHS and EPOCHS shorten it, RECIPE adds to the flags of both, such as
-# --stem imagenet. Runs go to runs/best$TAG/ and the table to results/best$TAG/: give every other
+# The defaults are for a GPU. TEACHER_EPOCHS and EPOCHS shorten it. RECIPE adds flags to both, such as
+# --stem imagenet. Runs go to runs/best$TAG/ and the table to results/best$TAG/. Give every other
 # recipe a TAG, such as _gpu. Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt

@@ -1,5 +1,5 @@
-# Sourced by the other scripts: enters the repository, makes .venv there and installs the requirements
-# file named by its first argument, unless that very file was installed before. PYTHON names the
+# Sourced by the other scripts. Enters the repository, makes .venv there and installs the requirements
+# file that the first argument names, unless the same content was installed before. PYTHON names the
 # interpreter that makes .venv (default python3).
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# How faithful should synthetic images be? Students of one recipe on sets of other guidance and steps.
+# How faithful should synthetic images be? The same student on sets of different guidance and steps.
 #
 #     bash scripts/fidelity.sh          the study; needs CIFAR-10, and CIFAKE for one more point
-#     bash scripts/fidelity.sh toy      the same commands at toy sizes, on a CPU: does it all work?
+#     bash scripts/fidelity.sh toy      the same commands at toy sizes, on a CPU, to check them
 #
-# DATA_DIR (default data) holds CIFAR-10, CIFAKE (default synthetic_data/cifake_train_fake) CIFAKE's
-# images. GUIDANCE, STEPS, SEEDS and COUNTS, lists in quotes, take other points: more, or fewer.
-# Everything goes to runs/fidelity/, the table and the plot to results/fidelity/. Finished runs are
-# skipped, stopped ones are resumed. Not yet run at full size.
+# DATA_DIR (default data) holds CIFAR-10. CIFAKE (default synthetic_data/cifake_train_fake) holds
+# CIFAKE's images. GUIDANCE, STEPS, SEEDS and COUNTS, lists in quotes, choose other points. Everything
+# goes to runs/fidelity/, and the table and the plot to results/fidelity/. Finished runs are skipped,
+# stopped ones are resumed.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements-generate.txt
 source "$(dirname "$0")/once.sh"
@@ -39,7 +39,7 @@ else
     measure=""
 fi
 
-images() { # images NAME FLAGS...: a set of the generator, and what it is like
+images() { # images NAME FLAGS...: a set of the generator, and its measures
     python synthetic_data/generate.py --pipeline local --model $top/generator.pth $sampler \
         --output "$top/images/$1" "${@:2}"
     measures "$1" "$top/images/$1/images"
@@ -48,7 +48,7 @@ measures() { # measures NAME FOLDER
     [ -e "$top/measures/$1/measures.json" ] || python synthetic_data/measure.py "$2" $measure \
         --teacher_weights $top/expert.pth --data_dir "$data" --output "$top/measures/$1"
 }
-students() { # students NAME FOLDER TEACHER: one a seed
+students() { # students NAME FOLDER TEACHER: one per seed
     for seed in $seeds; do
         once "$top/students/$1/$3-$seed" main_train_cifar10.py --synthetic_data_dir "$2" --data_dir "$data" \
             --teacher_weights $top/$3.pth --seed "$seed" $student

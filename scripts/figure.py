@@ -1,11 +1,11 @@
-"""The figure of the README: what the student learns from, what it is tested on, and how it does.
+"""The figure of the README: the student's training images, its test images, and its accuracy.
 
     python scripts/figure.py TEACHER_RUN STUDENT_RUN --data_dir DIR --synthetic_data_dir DIR \\
         --output docs/images/student_and_exam.png
 
-The images are not picked: of every class they are the first four of the CIFAKE folder, sorted by
-name, and the first four of the CIFAR-10 test set. The accuracies are the last epoch's: those of the
-classes come from per_class.csv, the ones over all classes from metrics.csv.
+The images are not selected: of every class they are the first four of the CIFAKE folder, sorted by
+name, and the first four of the CIFAR-10 test set. The accuracies are the last epoch's: by class
+from per_class.csv, and over all classes from metrics.csv.
 """
 
 import csv

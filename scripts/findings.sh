@@ -4,13 +4,12 @@
 #
 #     bash scripts/findings.sh TEACHER [SEED ...]
 #
-# TEACHER is a weight file. Every student sees as many views as there are in EPOCHS times 50,000
-# images, so that a small set is seen more often. EPOCHS, RECIPE, the flags of every student, and
-# WEAK, the epochs of the weaker teachers, are made for a CPU; on a GPU, EPOCHS=50
-# RECIPE="--stem cifar" WEAK="1 2 5 15". ENSEMBLE may name several weight files, to learn from all of
-# them at once. Runs go to runs/findings$TAG/ and runs/controls$TAG/, the table to
-# results/findings$TAG/: give every other recipe or teacher a TAG, such as _gpu. Finished runs are
-# skipped, stopped ones are resumed.
+# TEACHER is a weight file. Every student sees EPOCHS times 50,000 views, so a small set is seen more
+# often. RECIPE has the flags of every student, and WEAK the epochs of the weaker teachers. The
+# defaults are for a CPU; on a GPU, use EPOCHS=50 RECIPE="--stem cifar" WEAK="1 2 5 15". ENSEMBLE can
+# name several weight files, which then form an ensemble. Runs go to runs/findings$TAG/ and
+# runs/controls$TAG/, and the table to results/findings$TAG/. Give every other recipe or teacher a
+# TAG, such as _gpu. Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift
@@ -35,9 +34,9 @@ for n in $weak; do
         --optimizer sgd --nesterov --lr 0.1 --weight_decay 5e-4 --scheduler onecycle
 done
 for seed in ${*:-0 1 2}; do
-    # what the others are compared with: the first student of controls.sh
+    # the student to compare with: the first one of controls.sh
     runs=runs/controls${TAG:-} student cifake --teacher_weights "$teacher"
-    # fidelity: what the teacher takes for the intended class, what it does not, and both; spoilt images
+    # fidelity: images that the teacher disputes, those it does not, and both; degraded images
     on_variant disputed disputed --teacher "$teacher"
     on_variant agreed agreed --teacher "$teacher"
     on_variant undivided undivided --teacher "$teacher"

@@ -1,9 +1,9 @@
-"""Store a network in half precision, and test it before and after.
+"""Store a network in half precision, and test both versions.
 
     python scripts/half_precision.py runs/cpu/teacher-0.pth weights/airbench94_cifar10.pth
 
-`models.load_model` reads both files; the second has half the size. Prints what weights/README.md
-says of it: accuracy on the real test set, size and SHA-256.
+`models.load_model` reads both files. The second has half the size. The script prints what
+weights/README.md has: accuracy on the real test set, size and SHA-256.
 """
 
 import hashlib

@@ -1,5 +1,5 @@
-# Sourced by the experiments, in scripts/, for what they share. A run in the folder RUN writes its
-# network to RUN.pth. A finished run is skipped, a stopped one is resumed.
+# Functions that the experiments in scripts/ share. A run in the folder RUN writes its network to
+# RUN.pth. A finished run is skipped, a stopped one is resumed.
 
 # experiment NAME: its runs go to runs/NAME$TAG/, its table to results/NAME$TAG/.
 experiment() {
@@ -29,7 +29,7 @@ student() {
     once "$runs/$name-$seed" main_train_cifar10.py --seed "$seed" $recipe "$@"
 }
 
-# summary [RUN ...]: the table of these runs, or of all that the experiment has.
+# summary [RUN ...]: the table of these runs, or of all runs of the experiment.
 summary() {
     [ $# -gt 0 ] || set -- "$runs"/*/
     python scripts/summarize.py "$results" "$@"

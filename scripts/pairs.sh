@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The five pairs of networks that the tables of data-free distillation have, distilled on CIFAKE.
+# The five pairs of networks from the tables of data-free distillation, distilled on CIFAKE.
 #
 #     bash scripts/pairs.sh [SEED ...]
 #
-# TEACHER and STUDENT are the flags of every teacher and of every student; as they are, they are made
-# for a GPU. Each teacher is trained once, with seed 0. Runs go to runs/pairs$TAG/ and the table to
+# TEACHER and STUDENT are the flags of every teacher and of every student. Their defaults are for a
+# GPU. Each teacher is trained once, with seed 0. Runs go to runs/pairs$TAG/ and the table to
 # results/pairs$TAG/. Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt

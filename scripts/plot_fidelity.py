@@ -1,10 +1,10 @@
-"""The table and the plots of scripts/fidelity.sh, from what it has finished so far.
+"""The table and the plots of scripts/fidelity.sh, from the runs that are finished.
 
     python scripts/plot_fidelity.py runs/fidelity results/fidelity
 
-Writes fidelity.csv, a row a student; table.md, a row a set of images and teacher; counts.csv; and
-fidelity.png: the students' accuracy over the teacher's accuracy on the images, over guidance, and
-over the number of images. Students' accuracies are those of the last epoch.
+Writes fidelity.csv, one row per student; table.md, one row per set of images and teacher;
+counts.csv; and fidelity.png: the students' accuracy over the teacher's accuracy on the images, over
+guidance, and over the number of images. Accuracies are the last epoch's.
 """
 
 import csv
@@ -54,7 +54,7 @@ def read_counts(top: Path) -> list[dict]:
 
 
 def over_seeds(rows: list[dict], *keys: str) -> list[tuple[dict, float, float]]:
-    """The rows of one student a group, with the mean and the standard deviation of all of them."""
+    """A row per group that shares `keys`, and mean and standard deviation over its students."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)

@@ -1,4 +1,4 @@
-"""Our student over the curve that the earlier re-implementation printed.
+"""Our student's curve over the one that the earlier re-implementation printed.
 
     python scripts/plot_reproduction.py results/reproduction/student_*
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Which recipe for the student of scripts/cpu.sh? Each lever by itself, in short runs.
+# Which recipe for the student of scripts/cpu.sh? One change at a time, in short runs.
 #
 #     bash scripts/search.sh TEACHER [SEED ...]
 #
 # The choice is made by val_agreement: agreement with the teacher on 2,000 held-out synthetic images
-# and on four shifted copies of each (brighter, paler, blurred, JPEG). The test accuracy stands beside
-# it in summary.csv and decides nothing. EPOCHS, IMAGES and SETTINGS (names from below) shorten it, DMKD_DATA
-# is the folder of both data sets, TAG marks the folders of another search. Finished runs are skipped,
-# stopped ones are resumed.
+# and on four shifted copies of each (brighter, less saturated, blurred, JPEG). The test accuracy is
+# also in summary.csv and decides nothing. EPOCHS, IMAGES and SETTINGS (names from below) shorten it.
+# DMKD_DATA is the folder of both data sets. TAG marks the folders of another search. Finished runs
+# are skipped, stopped ones are resumed.
 set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift

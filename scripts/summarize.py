@@ -1,12 +1,12 @@
-"""Gather finished runs under results/: their tables, one summary.csv and one plot.
+"""Copy the tables of finished runs to results/, and summarise them in a CSV and a plot.
 
     python scripts/summarize.py results/controls runs/controls/*/
 
-A run's folder is named SETTING-SEED. Its config.json, metrics.csv and per_class.csv are copied;
-summary.csv has a row for each setting: how many seeds, the teacher's accuracy, mean and sample
-standard deviation of the last epoch's, the mean of the best epochs (picked on the test set), what
-the last epoch has in other columns, the minutes of a run, hardware and commit. The minutes count
-everything from start to exit, or, of a run that did not record that, its epochs alone.
+A run's folder is named SETTING-SEED. Its config.json, metrics.csv and per_class.csv are copied.
+summary.csv has one row per setting: the number of seeds, the teacher's accuracy, mean and sample
+standard deviation of the last epoch's accuracy, the mean of the best epochs (picked on the test
+set), other columns of the last epoch, the minutes of a run, hardware and commit. The minutes count
+everything from start to exit or, if a run did not record that, its epochs only.
 """
 
 import csv
@@ -51,7 +51,7 @@ def main(args: Namespace) -> None:
         if copy.resolve() != folder.resolve():
             copy.mkdir(parents=True, exist_ok=True)
             for path in (folder / name for name in KEPT):
-                if path.exists():  # a network of before the tables of classes has none
+                if path.exists():  # older runs have no per_class.csv
                     shutil.copyfile(path, copy / path.name)
         setting = folder.name.rpartition("-")[0] or folder.name
         settings.setdefault(setting, []).append({"config": config, "metrics": metrics})
@@ -69,7 +69,7 @@ def main(args: Namespace) -> None:
 
 
 def read_config(folder: Path) -> dict:
-    """The config.json of a run. Older ones have no "parts": they are one. Errors: UserError."""
+    """The config.json of a run. An older one has no "parts": it is one. Errors: UserError."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -105,7 +105,7 @@ def summary(setting: str, runs: list[dict]) -> dict[str, str | int]:
 
 
 def seconds(run: dict) -> float:
-    """Those of all parts of a run, or of its epochs if a part has not recorded its own."""
+    """The seconds of all parts of a run, or of its epochs if a part has not recorded its own."""
     parts = run["config"]["parts"]
     if all("seconds" in part for part in parts):
         return sum(part["seconds"] for part in parts)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Style and tests. DMKD_DATA names a folder with the real data for the tests that want it: it holds
-# cifar-10-batches-bin/ (or -py/) and cifake_train_fake/. Arguments go to pytest:
+# Style and tests. DMKD_DATA names a folder with the real data for the tests that need it:
+# cifar-10-batches-bin/ (or -py/) and cifake_train_fake/. Arguments are passed to pytest:
 #
 #     bash scripts/test.sh -m "not slow"
 #
-# There is a worker for each core, and each has one thread unless OMP_NUM_THREADS says otherwise.
+# There is one worker per core, with one thread unless OMP_NUM_THREADS says otherwise.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" tests/requirements.txt
 

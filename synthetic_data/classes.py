@@ -1,9 +1,9 @@
-"""What to make images of: the classes of CIFAR-10, CIFAR-100 and ImageNet, or those of a file.
+"""The classes to make images of: those of CIFAR-10, CIFAR-100, ImageNet or a file.
 
-A file is a CSV with a row for each class and up to three columns: its name; prompts for a text
-model, separated by semicolons, which the images take in turn; and the numbers of the ImageNet
-classes that show it, for DiT. A prompt with a comma needs double quotes around the column. Lines
-that start with # are comments. `classes/cifar10.csv` is one.
+A file is a CSV with one row per class and up to three columns: its name; prompts for a text model,
+separated by semicolons and used in turn; and the numbers of the ImageNet classes that show it, for
+DiT. A prompt with a comma needs double quotes around the column. Lines that start with # are
+comments. `classes/cifar10.csv` is such a file.
 """
 
 import csv
@@ -65,9 +65,9 @@ def load_classes(source: str) -> list[Category]:
 
 
 def named(names: list[str]) -> list[Category]:
-    """Classes of which nothing is known but their names. Errors: UserError.
+    """Classes that are known by their names only. Errors: UserError.
 
-    The names come from the file of a model and become folders: one that leads elsewhere is refused.
+    The names come from a model's file and become folders: a name that leads elsewhere is refused.
     """
     for name in names:
         if not name or name.startswith(".") or re.search(r"[/\\\0]", name):

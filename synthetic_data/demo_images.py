@@ -2,10 +2,10 @@
 
     python synthetic_data/demo_images.py sheet.png    # five rows in the real style, five synthetic
 
-Each picture shows one shape. In the "real" style it lies anywhere, at any size and somewhat turned,
-on a striped ground, beside a blob, in uneven light and noise. The "synthetic" style is what a
-generator makes of that: clean, centred, larger, and more of the same. Shape and ground swap their
-brightness at random, so that a linear classifier on pixels finds next to nothing.
+Each picture shows one shape. In the "real" style its position, size and angle vary, on a striped
+background with a blob, uneven light and noise. The "synthetic" style imitates a generator: clean,
+centred, larger and less varied. Shape and background swap their brightness at random, so a linear
+classifier on pixels learns next to nothing.
 """
 
 import functools
@@ -42,7 +42,7 @@ def draw(style: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     def uniform(low: float, high: float, channels: int = 1) -> np.ndarray:
         return rng.uniform(low, high, (count, channels, 1, 1)).astype(np.float32)
 
-    # the pixel grid as each shape sees it: shifted, turned, and in units of its radius
+    # the pixel grid in each shape's coordinates: shifted, turned, and in units of its radius
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32) - (SIZE - 1) / 2
     shift, turn, smallest = (6, 0.5, 7) if real else (3, 0.3, 8)
     dx, dy = x - uniform(-shift, shift), y - uniform(-shift, shift)
@@ -71,7 +71,7 @@ def draw(style: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """About the distance to the edge of the shape, in radii: negative inside, positive outside."""
+    """Approximate distance to the edge of the shape, in radii: negative inside it."""
     disc = np.hypot(u, v) - 0.9
     square = np.maximum(abs(u), abs(v)) - 0.8
     bar = np.maximum(abs(u) - 1, abs(v) - 0.3)
@@ -111,7 +111,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def main(args: Namespace) -> None:
-    from torchvision.utils import save_image  # for the scripts that only draw, it is slow to load
+    from torchvision.utils import save_image  # here, as it is slow to load
 
     path = args.sheet
     if os.path.lexists(path):

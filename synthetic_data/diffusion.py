@@ -1,4 +1,4 @@
-"""A small class-conditional diffusion model of 32x32 pictures, put together from diffusers.
+"""A small class-conditional diffusion model of 32x32 images, built from diffusers.
 
     x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e,  e ~ N(0, 1),  t = 0 ... 999
 
@@ -6,8 +6,8 @@ The network sees x_t, t and the class, and predicts v = sqrt(a_t) e - sqrt(1 - a
 Ho 2022, arXiv 2202.00512); a_t falls along a cosine (Nichol & Dhariwal 2021, arXiv 2102.09672). The
 network is the U-Net of DDPM on CIFAR-10 (Ho, Jain & Abbeel 2020, arXiv 2006.11239): four
 resolutions of 128, 256, 256 and 256 channels, attention at 16x16, 35.8 million parameters. One
-class more than there are means "any": training swaps some labels for it, so that one network serves
-for both terms of classifier-free guidance.
+extra class means "any". Training replaces some labels by it, so that one network gives both terms
+of classifier-free guidance.
 """
 
 import math
@@ -85,16 +85,16 @@ def diffusion_loss(
 def sample(
     unet: nn.Module, labels: Tensor, noise: Tensor, guidance_scale: float, steps: int
 ) -> Tensor:
-    """Images of the classes `labels`, float32 (B, 3, 32, 32), 0 to 1, out of their `noise`.
+    """Images of the classes `labels`, float32 (B, 3, 32, 32), 0 to 1, from their `noise`.
 
     labels: int64 (B,); noise: float32 (B, 3, 32, 32), from N(0, 1). DDIM (Song, Meng & Ermon 2021,
-    arXiv 2010.02502) without fresh noise: the picture depends on these two alone. Classifier-free
+    arXiv 2010.02502) adds no noise: an image depends on these two alone. Classifier-free
     guidance (Ho & Salimans 2022, arXiv 2207.12598):
 
         v = v(x, "any") + guidance_scale * (v(x, label) - v(x, "any"))
 
-    At 1 this is v(x, label); the paper's own w is guidance_scale - 1. The first step starts from
-    the noisiest t, as the noise does (Lin et al. 2024, arXiv 2305.08891: "trailing").
+    At 1 this is v(x, label); the paper's w is guidance_scale - 1. The first step starts at the
+    noisiest t (Lin et al. 2024, arXiv 2305.08891: "trailing").
     """
     schedule = import_diffusers().DDIMScheduler.from_config(
         build_schedule().config, timestep_spacing="trailing"
@@ -114,7 +114,7 @@ def sample(
 
 
 def describe(unet: nn.Module, classes: tuple[str, ...]) -> dict:
-    """What a checkpoint says beside the weights; `classes` names the labels, in order."""
+    """What a checkpoint holds beside the weights; `classes` names the labels, in order."""
     return {"kind": "diffusion", **unet.spec, "classes": list(classes)}
 
 

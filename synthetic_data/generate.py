@@ -1,22 +1,20 @@
-"""Make a set of synthetic images with a diffusion model: what a student is then trained on.
+"""Make a set of synthetic images with a diffusion model, to train a student on.
 
     python synthetic_data/generate.py --pipeline local --guidance_scale 2 --output images/own
     python synthetic_data/generate.py --pipeline stable-diffusion --output images/sd
     python synthetic_data/generate.py --pipeline dit --steps 100 --output images/dit
 
-`local` is a model by train_diffusion.py; `stable-diffusion` and `dit` are loaded by diffusers, from
-its hub or from a folder. The paper calls guidance 2 with 100 steps low fidelity, and 4 with 250
-high. A student takes the result with `--synthetic_data_dir images/own/images`; beside that folder
-are config.json, contact sheets, and manifest.csv, which is written last: a set that has one is
-finished. The images of CIFAR-10's classes get CIFAKE's names, others a folder a class.
+`local` is a model of train_diffusion.py. diffusers loads `stable-diffusion` and `dit` from its hub
+or a folder. The paper calls guidance 2 with 100 steps low fidelity, and 4 with 250 high. A student
+reads the images with `--synthetic_data_dir images/own/images`. Beside that folder are config.json,
+contact sheets and manifest.csv, which is written last: a set that has one is finished. Images of
+CIFAR-10's classes get CIFAKE's names; other classes get a folder each.
 
-The noise of an image comes from --seed, its class and its number: the rest of the set, stops, and
-the number of GPUs have no part in it. On the CPU, with as many threads, the files are the same bit
-for bit; on GPUs, images may differ in the last bit with --batch_size and the GPU model. After a
-stop, the same command resumes.
+The noise of an image depends on --seed, its class and its number only, and not on the rest of the
+set, on stops or on the number of GPUs. On the CPU, with the same number of threads, the files are
+the same bit for bit. On GPUs, images may differ in the last bit with --batch_size and the GPU
+model. After a stop, the same command resumes.
 `torchrun --nproc_per_node 8 synthetic_data/generate.py ...` splits the work over eight GPUs.
-
-Not yet run on a GPU, nor with the weights of Stable Diffusion and DiT.
 """
 
 import hashlib
@@ -69,7 +67,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add(
         "--model",
         metavar="NAME",
-        help="a name on diffusers' hub, a folder of the same form, or for local a file; by default "
+        help="a name on diffusers' hub, a folder of the same form, or for local a file; defaults: "
         + ", ".join(MODELS.values()),
     )
     add(
@@ -82,8 +80,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add(
         "--classes",
         metavar="NAME",
-        help="cifar10, cifar100, imagenet, or a file with a class a line, as those in "
-        "synthetic_data/classes/ [cifar10; local: the classes that the model knows]",
+        help="cifar10, cifar100, imagenet, or a file with one class per line, like those in "
+        "synthetic_data/classes/ [cifar10; local: the classes of the model]",
     )
     add(
         "--prompt",
@@ -104,7 +102,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         type=flags.int_in(8, 4096),
         default=32,
         metavar="N",
-        help="pixels a side; larger pictures are brought down with antialiasing [%(default)s]",
+        help="pixels a side; larger images are resized with antialiasing [%(default)s]",
     )
     add = parser.add_argument_group("sampling").add_argument
     add(
@@ -112,19 +110,19 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         type=flags.float_in(1, 100),
         default=2.0,
         metavar="X",
-        help="1: as likely as the class; higher: more typical of it, and less varied [%(default)s]",
+        help="1 is none; with a higher one, images are more typical and less varied [%(default)s]",
     )
     add(
         "--steps",
         type=flags.int_in(1, 1000),
         default=50,
         metavar="N",
-        help="evaluations of the network an image, twice as many with guidance [%(default)s]",
+        help="evaluations of the network per image, doubled by guidance [%(default)s]",
     )
     add("--seed", type=flags.int_in(0, 2**32 - 1), default=0, metavar="N", help="[%(default)s]")
     add = parser.add_argument_group("run").add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="the folder of the set")
-    add("--overwrite", action="store_true", help="throw away the set that is in --output")
+    add("--overwrite", action="store_true", help="delete the set in --output first")
     add(
         "--batch_size",
         type=flags.int_in(1, 10**5),
@@ -160,8 +158,8 @@ def main(args: Namespace) -> None:
         discard(args.output)
     claim(args, {"model": model, "dtype": part["precision"], **checksums}, part)
 
-    # The last bits of a network's output depend on the size of its batch. So a batch is made whole,
-    # wherever an earlier job was stopped; and on the CPU, which gains little by batches, alone.
+    # The last bits of a network's output depend on the size of its batch. So a resumed job makes
+    # whole batches again, and the CPU, which gains little from batches, makes one image at a time.
     size = 1 if device.type == "cpu" else args.batch_size
     batches = [range(i, min(i + size, len(plan))) for i in range(0, len(plan), size)]
     done = existing(images)
@@ -172,12 +170,12 @@ def main(args: Namespace) -> None:
                 add_part(args.output, part)
             pipeline = local if args.pipeline == "local" else from_hub
             make(plan, todo, pipeline(plan, device, dtype), rank)
-        if existing(images).issuperset(map(plan.file, range(len(plan)))):  # the last one to be done
+        if existing(images).issuperset(map(plan.file, range(len(plan)))):  # the last process
             finish(plan)
 
 
 def pick_device_and_dtype(args: Namespace) -> tuple[torch.device, torch.dtype]:
-    """What --device and --dtype say; under torchrun, each process has a GPU of its own.
+    """From --device and --dtype; under torchrun, each process has a GPU of its own.
 
     On a CPU "auto" is float32, so that every CPU makes the same images.
     """
@@ -190,7 +188,7 @@ def pick_device_and_dtype(args: Namespace) -> tuple[torch.device, torch.dtype]:
 
 
 def load_categories(args: Namespace, model: str) -> tuple[list[Category], dict]:
-    """The classes, and checksums of what one set has to be made from: them, and a local model."""
+    """The classes, and the checksums that a resumed set has to match: theirs and the model's."""
     sha256 = None
     if args.pipeline == "local":
         if not Path(model).is_file():
@@ -233,7 +231,7 @@ def stopping(args: Namespace) -> Iterator[None]:
 def make(plan: Plan, batches: list[range], draw: Draw, rank: int) -> None:
     """Make the images of `batches`. Errors: UserError."""
     args = plan.args
-    interval = 0.5 if sys.stderr.isatty() else 60.0  # seconds: a log file has no use for more
+    interval = 0.5 if sys.stderr.isatty() else 60.0  # seconds: a log file needs no more
     bar = tqdm(total=sum(map(len, batches)), unit="img", mininterval=interval, disable=rank > 0)
     private = tempfile.TemporaryDirectory(dir=args.output, prefix=".", suffix=".tmp")
     with bar, private as folder:
@@ -268,9 +266,9 @@ def to_pixels(pictures: Tensor, size: int) -> np.ndarray:
 def from_hub(plan: Plan, device: torch.device, dtype: torch.dtype) -> Draw:
     """Stable Diffusion or DiT, from diffusers' hub or a folder. Errors: UserError.
 
-    The filter of Stable Diffusion is left out: it now and then paints a harmless picture black. DiT
-    is sampled by DDIM, not by DDPM as in the paper: for DDPM, diffusers' pipeline draws the noise
-    of the whole batch at once, and an image would depend on the others in its batch.
+    Stable Diffusion's safety filter is off: it sometimes replaces a harmless image by black. DiT is
+    sampled by DDIM, not by DDPM as in the paper. For DDPM, diffusers' pipeline draws the noise of
+    the whole batch at once, and an image would depend on the others in its batch.
     """
     diffusers, model = diffusion.import_diffusers(), plan.model
     name, options = "DiTPipeline", {}
@@ -279,7 +277,7 @@ def from_hub(plan: Plan, device: torch.device, dtype: torch.dtype) -> Draw:
         options = {"safety_checker": None, "requires_safety_checker": False}
     try:
         pipeline = getattr(diffusers, name).from_pretrained(model, dtype=dtype, **options)
-    except Exception as error:  # diffusers and what is below it raise nearly anything
+    except Exception as error:  # diffusers and its libraries raise nearly anything
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"{model} cannot be loaded as a {name}: {reason}") from error
     pipeline.to(device).set_progress_bar_config(disable=True)

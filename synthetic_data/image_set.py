@@ -1,13 +1,13 @@
-"""A set of synthetic images on disk: which images it has, what they are called, how it is written.
+"""A set of synthetic images on disk: its images, their names, and how it is written.
 
 OUTPUT/
-    images/            what a student reads, and nothing else
+    images/            the images, which a student reads, and nothing else
     config.json        every flag, and for each part of the job command, commit, versions, hardware
     contact_sheets/    64 images of each class; contact_sheet.png has ten of each
-    manifest.csv       a row an image; written last: a set that has one is finished
+    manifest.csv       one row per image; written last: a set that has one is finished
 
-Several processes may write to one set: each writes its own images, and the rest is the same
-whoever writes it.
+Several processes may write to one set. Each writes its own images, and all would write the same
+other files.
 """
 
 import csv
@@ -32,10 +32,10 @@ from experiment.files import atomic_write
 from experiment.folder import FORMAT, read_config, write_config
 from synthetic_data.classes import Category
 
-# What may differ when a stopped job is resumed: what it runs on, not what it makes. The model and
-# the dtype, which have defaults that depend on other things, are compared apart.
+# Flags that may differ when a stopped job is resumed: they do not change the images. The model and
+# the dtype are compared separately, as their defaults depend on other flags.
 FREE = ("output", "overwrite", "batch_size", "device", "model", "dtype", "demo")
-# The files of a set, which --overwrite deletes; and what a killed process may leave of one.
+# The files of a set, which --overwrite deletes, with those that a killed process may leave.
 FILES = {
     "images": re.compile(r"([^/]+/)?\d{6}( \(\d+\))?\.png", re.DOTALL),
     "contact_sheets": re.compile(r"[^/]+\.(png|tmp)", re.DOTALL),
@@ -44,11 +44,10 @@ FILES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Which images a set consists of, without making any.
+    """The names, classes and seeds of a set's images; it makes none.
 
-    Image n shows class n % C as its number n // C. So a set is balanced wherever it stops, and the
-    images of a smaller set are the first of a larger one, which is how a student's --limit takes
-    them.
+    Image n is number n // C of class n % C. So a set is balanced wherever it stops, and a smaller
+    set has the first images of a larger one, as a student with --limit takes them.
     """
 
     categories: list[Category]
@@ -64,7 +63,7 @@ class Plan:
     def file(self, n: int) -> str:
         """The path in images/: CIFAKE's names for CIFAR-10, see `data.cifake_label`; else folders.
 
-        PNG loses nothing, and no encoder's version or settings show in the pixels.
+        PNG is lossless: the pixels do not depend on the encoder's version or settings.
         """
         index, label = divmod(n, len(self.categories))
         if tuple(category.name for category in self.categories) == CLASSES:
@@ -83,11 +82,11 @@ class Plan:
         return label
 
     def image_seed(self, n: int) -> int:
-        """32 bits out of (seed, class, number), for a `torch.Generator` on the CPU.
+        """32 bits from (seed, class, number), for a `torch.Generator` on the CPU.
 
-        PyTorch's CPU generator reads no more than 32 bits of a seed: were they hashed from all
-        three, some of 500,000 images would share their noise. So they are counted, from a place
-        that depends on the seed.
+        PyTorch's CPU generator reads only 32 bits of a seed. With a hash of all three, some of
+        500,000 images would share their noise. So the seeds are counted, from a start that depends
+        on --seed.
         """
         index, label = divmod(n, len(self.categories))
         return (self._start + 4096 * index + label) % 2**32
@@ -97,7 +96,7 @@ class Plan:
         return int(np.random.SeedSequence(self.args.seed).generate_state(1)[0])
 
     def generators(self, numbers: range) -> list[torch.Generator]:
-        """One for each image: its noise does not depend on the others of its batch."""
+        """One for each image, whose noise then does not depend on the rest of its batch."""
         return [torch.Generator().manual_seed(self.image_seed(n)) for n in numbers]
 
     def manifest(self) -> Iterator[tuple]:
@@ -113,7 +112,7 @@ class Plan:
 def claim(args: Namespace, identity: dict, part: dict) -> None:
     """Begin the set in --output, or resume it. Errors: UserError when it is another one.
 
-    `identity` is what has to be the same beside the flags, `part` where the images come from.
+    `identity` has to be the same, beside the flags; `part` is the provenance of the images.
     """
     images = args.output / "images"
     stored = {key: value for key, value in vars(args).items() if key not in FREE}
@@ -141,13 +140,13 @@ def claim(args: Namespace, identity: dict, part: dict) -> None:
 
 
 def add_part(output: Path, part: dict) -> None:
-    """Record in config.json where the images of a resumed job come from. Errors: UserError."""
+    """Add the provenance of a resumed job's images to config.json. Errors: UserError."""
     config = read_config(output)
     write_config(output, {**config, "parts": [*config["parts"], part]})
 
 
 def discard(output: Path) -> None:
-    """Delete a set, and nothing else that may lie beside it. Errors: UserError."""
+    """Delete a set, and no other files beside it. Errors: UserError."""
     if not output.exists():
         return
     if not (output / "config.json").exists() or read_config(output).get("name") != "images":
@@ -178,16 +177,16 @@ def existing(images: Path) -> set[str]:
 
 
 def write_image(path: Path, pixels: np.ndarray, partial: Path) -> None:
-    """uint8 (H, W, 3) as a PNG, by way of the file `partial`: images/ never holds half a file.
+    """Write uint8 (H, W, 3) as a PNG, first to `partial`: images/ never holds half a file.
 
-    It does not wait for the disk, as `atomic_write` does: that would take longer than making the
+    Unlike `atomic_write` it does not wait for the disk, which would take longer than making the
     images. Killing the process does no harm; a power failure may. Errors: UserError.
     """
     try:
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(pixels).save(partial, format="PNG")
         os.replace(partial, path)
-    except OSError as error:  # a full disk, say: it names no file
+    except OSError as error:  # on a full disk the error names no file
         reason = error.strerror or error
         raise UserError(f"{path} cannot be written: {reason}; the images before it stay") from error
 

@@ -1,25 +1,23 @@
-"""What a set of synthetic images is like, beside CIFAR-10: fidelity, colours, copies.
+"""Compare a set of synthetic images with CIFAR-10: fidelity, colours, copies.
 
     python synthetic_data/measure.py images/own/images --output images/own/measures
     python synthetic_data/measure.py synthetic_data/cifake_train_fake --output runs/cifake_measures
 
-The first folder is what a student would be trained on. OUTPUT gets two files, and must not have
-them yet:
+The first folder holds the images. The folder --output gets two files, which must not exist yet:
 
-    measures.json    teacher_accuracy: percent of the images that the teacher takes for the class
-                     they were made for; confidence: its highest probability, the mean in percent;
-                     mean and std of red, green and blue, of 255; pixels, features and fid: below
+    measures.json    teacher_accuracy: percent of the images for which the teacher predicts the
+                     intended class; confidence: mean of its highest probability, in percent; mean
+                     and std of red, green and blue, of 255; pixels, features and fid: see below
     nearest.png      24 images, each followed by the training image that is nearest to it in pixels,
                      and by the one that is nearest in the teacher's features
 
-A generator that copies lies nearer to its training images than other real images do. `pixels` is
-the median distance of the images to the nearest training image or its mirror image (root mean
-square, of 255), `features` the same for the teacher's features at length one (the distance d goes
-with a cosine of 1 - d^2 / 2); both are also given for as many real test images.
+Images of a generator that copies are nearer to its training images than real test images are.
+`pixels` is the median distance of the images to the nearest training image or its mirror image
+(root mean square, of 255). `features` is the same for the teacher's features at length one (the
+cosine of a distance d is 1 - d^2 / 2). Both are also given for as many real test images.
 
-The FID against the training images is that of the optional torch-fidelity, which downloads the
-weights of its network; where one of them is missing, it is null. It depends on the number of
-images: 50,000 are the custom.
+The optional torch-fidelity computes the FID against the training images, and downloads the weights
+for it. If either is missing, `fid` is null. It depends on the number of images: 50,000 are usual.
 """
 
 import json
@@ -68,14 +66,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         "--limit",
         type=flags.int_in(24, 10**9),
         metavar="N",
-        help="take only the first N images of each set, for a quick try [all]",
+        help="use only the first N images of each set, for a quick test [all]",
     )
     parser.add_argument(
         "--neighbours",
         type=flags.int_in(24, 10**5),
         default=1000,
         metavar="N",
-        help="search the nearest training images of N images [%(default)s]",
+        help="number of images whose nearest training images are searched [%(default)s]",
     )
     parser.add_argument("--device", type=flags.device, default="auto", help="[%(default)s]")
     return parser.parse_args(argv)
@@ -148,7 +146,7 @@ def as_pixels(data: ImageSet, device: torch.device) -> Tensor:
 
 
 def as_features(data: ImageSet, teacher: nn.Module, device: torch.device) -> Tensor:
-    """float32 (N, D): what the teacher's last layer sees, 512 in a ResNet18, at length one."""
+    """float32 (N, D): inputs of the teacher's last layer at length one; D is 512 in a ResNet18."""
     seen = []
     last = [module for module in teacher.modules() if isinstance(module, nn.Linear)][-1]
     hook = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -162,8 +160,8 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """The distance of each query, or of its mirror image, to the nearest row of `bank` (N, D).
 
-    `view` makes rows of images; mirrored too, as the generator has seen both. Returns float32 (Q,)
-    and int64 (Q,), on the CPU.
+    `view` turns images into rows. Mirror images count, as the generator has seen both. Returns
+    float32 (Q,) and int64 (Q,), on the CPU.
     """
     mirrored = replace(queries, images=queries.images.flip(3))
     found = []
@@ -177,7 +175,7 @@ def nearest(
 def frechet_inception_distance(
     made: ImageSet, train_set: ImageSet, device: torch.device
 ) -> float | None:
-    """The FID by torch-fidelity; None, and a line that says why, where it cannot be had."""
+    """The FID by torch-fidelity. None if it is not available: a line says why."""
     try:
         import torch_fidelity
 
@@ -198,7 +196,7 @@ def frechet_inception_distance(
 
 
 class Images(Dataset):
-    """uint8 (N, 3, H, W) as the kind of data set that torch-fidelity takes."""
+    """uint8 (N, 3, H, W) as a data set for torch-fidelity."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images

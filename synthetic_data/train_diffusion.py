@@ -1,15 +1,14 @@
-"""Train a small generator of one's own on CIFAR-10, for when no model can be downloaded.
+"""Train a small generator on CIFAR-10, for when no model can be downloaded.
 
     python synthetic_data/train_diffusion.py --epochs 100 --lr 0.0005 --batch_size 256
 
 A class-conditional diffusion model of 35.8 million parameters (synthetic_data/diffusion.py) learns
 from the 50,000 real training images of CIFAR-10, mirrored at random. The moving average of its
 weights goes to diffusion_cifar10.pth, from which `generate.py --pipeline local` makes images. As in
-the paper, the generator has then seen real images of the domain, and the student still has not.
+the paper, the generator has seen real images of the domain, and the student has not.
 
-The run is in runs/diffusion-001, as any other; samples.png has a row for each class. `--demo` takes
-a minute on a CPU and shows that it works, not what it can do. Not yet run on a GPU: whether 100
-epochs take less than 20 minutes of an H200, as they are meant to, is not known.
+The run is in runs/diffusion-001. Its samples.png has one row per class. `--demo` takes a minute on
+a CPU and only checks that everything works. docs/roadmap.md has the time to expect on a GPU.
 """
 
 import sys
@@ -111,7 +110,7 @@ def main(args: Namespace) -> None:
 
     def loss_fn(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         loss = diffusion.diffusion_loss(unet, noise_schedule, images, labels, args.label_dropout)
-        return loss, labels < 0  # nothing is classified, and nothing matches
+        return loss, labels < 0  # nothing is classified: no matches
 
     # the run: config.json, metrics.csv, checkpoints and plots in runs/diffusion-001
     step = TrainStep(loss_fn, optimizer, amp, ema, graph=not args.no_cuda_graph)
@@ -132,7 +131,7 @@ class MirroredLoader:
     """All full batches of an epoch, in a new order, half of the images mirrored.
 
     Yields float32 (B, 3, 32, 32), -1 to 1, and int64 (B,). The images live on `device`; the draws
-    are made on the CPU, for every device alike. Errors: UserError if there is no full batch.
+    are made on the CPU, the same for every device. Errors: UserError if there is no full batch.
     """
 
     def __init__(self, data: ImageSet, batch_size: int, device: torch.device) -> None:
@@ -162,8 +161,7 @@ def fixed_loss(
 ) -> float:
     """The mean loss over `data`, with the same noise every time and all labels given.
 
-    If it rose on the test images while the training loss falls, the network would be learning the
-    training images by heart.
+    If it rose on the test images while the training loss falls, the network would be overfitting.
     """
     seed_everything(0)
     loss_sum = torch.zeros((), device=device)

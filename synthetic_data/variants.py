@@ -1,19 +1,19 @@
-"""Folders made out of CIFAKE: fewer images, those a teacher agrees with or not, or spoilt ones.
+"""Variants of CIFAKE: fewer images, those that a teacher disputes or not, or degraded ones.
 
     python synthetic_data/variants.py subset --count 10000 runs/variants/10000
     python synthetic_data/variants.py disputed --teacher teacher.pth runs/variants/disputed
     python synthetic_data/variants.py jpeg --quality 5 runs/variants/jpeg
 
-A student learns from one by `main_train_cifar10.py --synthetic_data_dir FOLDER`. What a folder
-holds depends on nothing but these flags: choices are drawn with seed 0. It appears when it is
-complete, and is never changed afterwards.
+`main_train_cifar10.py --synthetic_data_dir FOLDER` trains a student on one. Its images depend only
+on these flags: random choices use seed 0. The folder appears when it is complete, and is never
+changed afterwards.
 
     subset     --count images
-    disputed   all those that the teacher takes for another class than the intended one
-    agreed     of those that it takes for the intended one, as many of each class as are disputed
-    undivided  of all, as many of each class as are disputed
-    blur       all, after a Gaussian blur of --radius pixels
-    jpeg       all, written as a JPEG of --quality
+    disputed   all images for which the teacher predicts another class than the intended one
+    agreed     of the other images, as many of each class as are disputed
+    undivided  of all images, as many of each class as are disputed
+    blur       all images, after a Gaussian blur of --radius pixels
+    jpeg       all images, as JPEGs of --quality
 """
 
 import os
@@ -52,34 +52,34 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         type=Path,
         default=Path("synthetic_data/cifake_train_fake"),
         metavar="DIR",
-        help="holds the images to choose from [%(default)s]",
+        help="CIFAKE's images [%(default)s]",
     )
     add(
         "--count",
         type=flags.int_in(1, 10**9),
         default=10_000,
         metavar="N",
-        help="images of a subset [%(default)s]",
+        help="number of images of a subset [%(default)s]",
     )
     add(
         "--teacher",
         default="teacher_cifar10_finetuned.pth",
         metavar="FILE",
-        help="judges which images are disputed [%(default)s]",
+        help="the teacher that disputes images [%(default)s]",
     )
     add(
         "--radius",
         type=flags.float_in(0, 32, above=True),
         default=1.0,
         metavar="X",
-        help="of the blur, in pixels [%(default)s]",
+        help="radius of the blur, in pixels [%(default)s]",
     )
     add(
         "--quality",
         type=flags.int_in(1, 95),
         default=5,
         metavar="N",
-        help="of the JPEGs [%(default)s]",
+        help="quality of the JPEGs [%(default)s]",
     )
     needs = {"count": ("subset",), "teacher": JUDGED, "radius": ("blur",), "quality": ("jpeg",)}
     for flag, kinds in needs.items():
@@ -112,7 +112,7 @@ def main(args: Namespace) -> None:
 
 
 def write(file: Path, image: Tensor, folder: Path, args: Namespace) -> None:
-    """Spoil `image`, uint8 (3, 32, 32), as `args.kind` says, or else copy its `file`."""
+    """Degrade `image`, uint8 (3, 32, 32), as `args.kind` says, or copy its `file` unchanged."""
     if args.kind not in SPOILT:
         shutil.copyfile(file, folder / file.name)
         return
@@ -125,7 +125,7 @@ def write(file: Path, image: Tensor, folder: Path, args: Namespace) -> None:
 
 
 def choose(images: ImageSet, args: Namespace) -> Tensor:
-    """Indices into `images`, int64 (n,), of those that `args.kind` names. Errors: UserError."""
+    """Indices into `images`, int64 (n,), of the images of `args.kind`. Errors: UserError."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     if args.kind == "subset":
         if args.count > len(images):
