@@ -45,7 +45,7 @@ MAY_CHANGE_ON_RESUME = (
 def parse_args(
     parser: flags.Parser, argv: Sequence[str] | None, name: str, demo: dict | None = None
 ) -> Namespace:
-    """Parse `argv`; with --resume, the flags are those of the stopped run.
+    """Parse `argv`; with --resume, the flags are the stopped run's.
 
     `name` is what the script makes, such as "teacher". A flag that would change what the resumed
     run computes is refused. Errors: UserError when there is no such run.
@@ -76,7 +76,7 @@ def parse_args(
 
 
 def is_new(args: Namespace) -> bool:
-    """Whether training starts from initial weights, and not from those of a last.pt."""
+    """Whether training starts from initial weights, and not from a last.pt."""
     return args.resume is None or not (args.resume / "last.pt").exists()
 
 
