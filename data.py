@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -197,25 +198,27 @@ def load_cifake(
             "kagglehub` and add --download_synthetic; --demo needs no data"
         )
     images, labels, stems, bad = [], [], set(), []
-    for name in names:
-        path, stem = os.path.join(folder, name), os.path.splitext(name)[0]
-        try:
-            label = cifake_label(path)
-            if stem in stems:
-                raise UserError(f"{path}: another file has this name and another extension")
-            stems.add(stem)
-            if limit is None or len(images) < limit:  # beyond it, only the names are checked
-                images.append(load_image(path))
-                labels.append(label)
-        except UserError as error:
-            if not skip_bad_images:
-                raise
-            bad.append(error)
+    with _silent():
+        for name in names:
+            path, stem = os.path.join(folder, name), os.path.splitext(name)[0]
+            try:
+                label = cifake_label(path)
+                if stem in stems:
+                    raise UserError(f"{path}: another file has this name and another extension")
+                stems.add(stem)
+                if limit is None or len(images) < limit:  # beyond it, only the names are checked
+                    images.append(_load_pixels(path))
+                    labels.append(label)
+            except UserError as error:
+                if not skip_bad_images:
+                    raise
+                bad.append(error)
     if not images:
         raise UserError(f"none of the {len(names)} files in {folder} can be used: {bad[0]}")
     if bad:
         print(f"skipped {len(bad)} of {len(names)} files in {folder}; the first: {bad[0]}")
-    return ImageSet(torch.stack(images), torch.tensor(labels), CLASSES, len(bad))
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (N, 3, 32, 32)
+    return ImageSet(pixels.contiguous(), torch.tensor(labels), CLASSES, len(bad))
 
 
 def load_class_folders(
@@ -253,19 +256,32 @@ def load_image(path: str | Path) -> Tensor:
     has 16 bits a channel or more than 89 million pixels is refused, and so is anything but a
     regular file. Errors: UserError that names the file.
     """
+    with _silent():
+        return torch.from_numpy(_load_pixels(path)).permute(2, 0, 1).contiguous()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Pillow warns of is refused here, or harmless
+        yield
+
+
+def _load_pixels(path: str | Path) -> np.ndarray:
+    """uint8 (32, 32, 3). PyTorch's share of the time would be as large as the decoder's."""
     try:
         if not os.path.isfile(path):  # opening a FIFO would wait for ever
             raise UserError("not a regular file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Pillow warns of is refused here, or harmless
-            with Image.open(path, formats=("JPEG", "PNG")) as picture:
-                pixels = torch.from_numpy(_pixels(picture))  # (H, W, 3)
+        with Image.open(path, formats=("JPEG", "PNG")) as picture:
+            pixels = _pixels(picture)  # (H, W, 3)
     except Exception as error:  # the decoders raise nearly anything on a broken or hostile file
         told = isinstance(error, (UserError, Image.DecompressionBombError))
         reason = error if told else getattr(error, "strerror", None)
         raise UserError(f"{path}: {reason or 'not an image that can be read'}") from error
-    image = pixels.permute(2, 0, 1).contiguous()  # (3, H, W)
-    return image if image.shape[1:] == (32, 32) else F.resize(image, [32, 32], antialias=True)
+    if pixels.shape[:2] == (32, 32):
+        return pixels
+    image = torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)
+    return F.resize(image, [32, 32], antialias=True).permute(1, 2, 0).numpy()
 
 
 def _pixels(picture: Image.Image) -> np.ndarray:

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import kill_test
@@ -364,6 +365,28 @@ def test_a_finished_network_is_never_lost(workdir, demo_teacher):
 
 
 # ----------------------------------------------------------------------------------- processes
+
+
+def test_ranks_decode_at_the_same_time(workdir, demo_teacher, monkeypatch):
+    """Rank 0 goes first through what downloads; the images are decoded after that."""
+    load_train_set, first, waiting, loaded = student_script.load_train_set, [], [], []
+
+    @contextmanager
+    def rank_zero_first():
+        waiting.append(True)
+        first.append(True)
+        yield
+        waiting.pop()
+
+    def load(*args):
+        loaded.append(bool(waiting))
+        return load_train_set(*args)
+
+    monkeypatch.setattr(student_script.parallel, "rank_zero_first", rank_zero_first)
+    monkeypatch.setattr(student_script, "load_train_set", load)
+    run_student("--teacher_weights", demo_teacher, "--epochs", 1)
+    assert first
+    assert loaded == [False]
 
 
 @pytest.mark.slow
