@@ -3,7 +3,7 @@
 #
 #     bash scripts/cpu.sh [SEED ...]
 #
-# Needs CIFAR-10 and CIFAKE (README, "The experiment"), 2 GB of memory, and an hour or two. Each run
+# Needs CIFAR-10 and CIFAKE (README, "The experiment"), 2 GB of memory, and about an hour. Each run
 # prints a forecast of its time after the first steps. DMKD_DATA=FOLDER names a folder with both data
 # sets; the default is where the scripts expect them. TAG=_off RECIPE="--amp off" makes another
 # table, in results/cpu_off. Finished runs are skipped, stopped ones are resumed.

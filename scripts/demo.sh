@@ -7,12 +7,12 @@ source "$(dirname "$0")/environment.sh" requirements.txt
 
 demo=runs/demo-$(date +%Y%m%d-%H%M%S)
 echo "== a teacher learns from real pictures"
-python fine_tune_teacher_cifar10.py --demo --run_dir "$demo/teacher" --output "$demo/teacher.pth"
+python fine_tune_teacher_cifar10.py --demo --amp off --run_dir "$demo/teacher" --output "$demo/teacher.pth"
 echo "== a student learns from that teacher, on synthetic pictures"
-python main_train_cifar10.py --demo --teacher_weights "$demo/teacher.pth" \
+python main_train_cifar10.py --demo --amp off --teacher_weights "$demo/teacher.pth" \
     --run_dir "$demo/student" --output "$demo/student.pth"
 echo "== the control: a student of an untrained teacher"
-python main_train_cifar10.py --demo --teacher_weights random \
+python main_train_cifar10.py --demo --amp off --teacher_weights random \
     --run_dir "$demo/control" --output "$demo/control.pth"
 python plots.py "$demo/teacher" "$demo/student" "$demo/control" --output "$demo" > /dev/null
 
