@@ -16,6 +16,7 @@ import diffusers
 import pytest
 import torch
 from conftest import REPOSITORY, SMALL_NETWORK, as_rank, metrics
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 from test_bad_input import fails, snapshot
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -265,7 +266,7 @@ def test_guidance(monkeypatch):
 
         def forward(self, x, t, class_labels):
             v = x * 0.1 + class_labels.view(-1, 1, 1, 1) / 10
-            return diffusers.models.unets.unet_2d.UNet2DOutput(v)
+            return UNet2DOutput(v)
 
     noise = torch.randn(2, 3, 32, 32) / 10
     labels = torch.tensor([3, 10])

@@ -3,10 +3,10 @@
 import csv
 from pathlib import Path
 
-import diffusers
 import pytest
 import torch
 from conftest import TIMES, TINY, metrics
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 from test_bad_input import fails
 
@@ -129,7 +129,7 @@ def test_the_loss():
             a = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
             noise = (noisy - a.sqrt() * images) / (1 - a).sqrt()
             v = a.sqrt() * noise - (1 - a).sqrt() * images
-            return diffusers.models.unets.unet_2d.UNet2DOutput(v)
+            return UNet2DOutput(v)
 
     for dropout, share in ((0.0, 0.0), (0.5, 0.5), (1.0, 1.0)):
         assert diffusion.diffusion_loss(Net(), schedule, images, labels, dropout) < 1e-4
