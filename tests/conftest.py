@@ -2,6 +2,7 @@ import csv
 import hashlib
 import os
 import pickle
+import signal
 from argparse import Namespace
 from pathlib import Path
 
@@ -114,6 +115,17 @@ def no_plots(request, monkeypatch) -> None:
     if "draws" not in request.keywords:
         for script in (teacher_script, student_script):
             monkeypatch.setattr(script, "plot_run", lambda folder: None)
+
+
+@pytest.fixture(autouse=True)
+def signals_of_a_terminal():
+    """nohup ignores SIGHUP, and a script's background job SIGINT: the tests may be either."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    handlers[signal.SIGHUP] = signal.SIG_DFL
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
