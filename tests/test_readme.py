@@ -19,7 +19,8 @@ import fine_tune_teacher_cifar10 as teacher_script
 import main_train_cifar10 as student_script
 from data import CLASSES
 from experiment import folder
-from models import build_model, to_checkpoint
+from experiment.download import sha256
+from models import build_model, load_model, to_checkpoint
 
 README = (REPOSITORY / "README.md").read_text()
 PAGES = {
@@ -272,3 +273,13 @@ def test_its_example_classifies_a_picture(workdir, cifake, capsys):
     (cifake / "1000.jpg").rename("picture.jpg")
     exec(code, {})
     assert re.fullmatch(rf"({'|'.join(CLASSES)}) \d+\.\d%\n", capsys.readouterr().out)
+
+
+def test_the_weights_are_the_files_that_their_page_describes():
+    files = sorted((REPOSITORY / "weights").glob("*.pth"))
+    assert len(files) == 2
+    page = (REPOSITORY / "weights" / "README.md").read_text()
+    for file in files:
+        row = next(line for line in page.splitlines() if f"| `{file.name}` |" in line)
+        assert f"`{sha256(file)}`" in row
+        assert load_model(file).spec["arch"] in row
