@@ -60,6 +60,7 @@ def test_a_small_picture_is_convolved_right_in_bfloat16(kernel, size):
     assert (found - expected).norm() < 0.01 * expected.norm()
 
 
+@pytest.mark.slow
 def test_every_layer_computes_in_bfloat16_what_it_does_in_float32(pictures):
     """Each by itself, on the inputs and the gradients that it has in float32."""
     torch.manual_seed(0)
@@ -87,6 +88,7 @@ def test_every_layer_computes_in_bfloat16_what_it_does_in_float32(pictures):
             assert (rounded - exact).norm() < 0.02 * exact.norm() + 1e-6, name
 
 
+@pytest.mark.slow
 def test_a_students_filters_come_from_its_own_images(workdir, cifake, cifar10_binary):
     """No real image reaches a student, and a resumed run does not whiten again."""
     flags = "--arch airbench94 --optimizer muon --epochs 2 --batch_size 20 --device cpu".split()
@@ -106,6 +108,7 @@ def test_a_students_filters_come_from_its_own_images(workdir, cifake, cifar10_bi
         assert torch.equal(filters, expected.whitening.weight), file
 
 
+@pytest.mark.slow
 def test_muon_keeps_the_norm_of_the_filters_in_a_run(workdir):
     argv = [*TINY, "--arch", "airbench94", "--stem", "cifar", "--optimizer", "muon", "--lr", "0.2"]
     argv += ["--momentum", "0.6", "--limit", "48", "--batch_size", "16", "--output", "out.pth"]

@@ -657,6 +657,7 @@ def test_the_demo_set_is_the_same_every_time_and_balanced():
         assert not np.array_equal(draw(style, 50, 1)[0], draw(style, 50, 2)[0])
 
 
+@pytest.mark.slow
 def test_a_linear_classifier_finds_little_in_the_demo_set():
     """Ridge regression on pixels, its strength picked to its own advantage on the test set."""
     train, test = load_demo("train"), load_demo("test")

@@ -203,6 +203,7 @@ def test_tables(tmp_path, content):
     assert metrics is None or len({len(column) for column in metrics.values()}) == 1
 
 
+@pytest.mark.slow
 @SLOW_FUZZ
 @given(
     st.lists(
@@ -236,6 +237,7 @@ def saved_predictions() -> dict[str, bytes]:
 PREDICTIONS = saved_predictions()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(PREDICTIONS))
 @FUZZ
 @given(data=st.data())

@@ -12,14 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-import diffusers
 import pytest
 import torch
 from conftest import REPOSITORY, SMALL_NETWORK, as_rank, metrics
-from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 from test_bad_input import fails, snapshot
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import main_train_cifar10 as student_script
 from data import CLASSES, load_cifake
@@ -43,6 +40,9 @@ def offline(monkeypatch):
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
     """A folder with a tiny random model for each pipeline."""
+    import diffusers  # here, as it takes seconds
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     unet = diffusion.build_unet(10, channels=8, layers=1)
@@ -104,8 +104,10 @@ def models(tmp_path_factory) -> Path:
     return folder
 
 
-def tokenizer(folder: Path) -> CLIPTokenizer:
-    """One that knows the letters."""
+def tokenizer(folder: Path):
+    """A CLIPTokenizer that knows the letters."""
+    from transformers import CLIPTokenizer
+
     letters = [chr(code) for code in range(33, 127)]
     tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)]
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
@@ -163,6 +165,7 @@ def test_a_set_is_what_the_loader_reads(pipeline, workdir, models):
     assert {"command", "git_commit", "torch"} <= config["parts"][0].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", ["local_two", "dit", "stable-diffusion"])
 def test_an_image_depends_on_its_class_and_number_alone(pipeline, workdir, models, monkeypatch):
     run(models, pipeline, "whole")
@@ -261,6 +264,9 @@ def test_no_two_images_share_their_noise(models):
 
 
 def test_guidance(monkeypatch):
+    import diffusers
+    from diffusers.models.unets.unet_2d import UNet2DOutput
+
     class Net(torch.nn.Module):
         spec = {"num_classes": 10}  # noqa: RUF012
 
@@ -390,6 +396,7 @@ def test_the_lists_of_classes():
     assert imagenet[207].prompts == ("a golden retriever",)
 
 
+@pytest.mark.slow
 def test_another_model_or_list_of_classes(workdir, models, capsys):
     run(models, "local", "set")
     argv = command(models, "local", "set", "--classes", "cifar100")
@@ -401,6 +408,7 @@ def test_another_model_or_list_of_classes(workdir, models, capsys):
     assert "pets was made with classes_sha256 " in fails(generate, argv, capsys)[1]
 
 
+@pytest.mark.slow
 def test_nothing_is_overwritten(workdir, models, capsys):
     run(models, "local_two", "set")
     other = workdir / "holiday"
@@ -505,6 +513,7 @@ def test_without_diffusers(workdir, models, monkeypatch, capsys):
     assert "this needs diffusers: `pip install -r requirements-generate.txt`" in text
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_a_set(workdir, models, cifar10_binary):
     run(models, "local", "set")
     argv = "--teacher_weights random --epochs 1 --batch_size 10 --device cpu".split()

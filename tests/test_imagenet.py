@@ -1,11 +1,8 @@
 """imagenet/main_train_imagenet.py from end to end, on made images of four classes."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ import torch
 from conftest import REPOSITORY, TIMES
 from conftest import metrics as all_metrics
 from PIL import Image
+from processes import Process
 
 from experiment.download import sha256
 from experiment.errors import UserError
@@ -74,6 +72,7 @@ def test_the_published_recipe_is_the_default():
     assert expected.items() <= vars(args).items()
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_folders(workdir, tiny, capsys, monkeypatch):
     loaded = []
     load = script.load_teacher
@@ -97,6 +96,7 @@ def test_a_student_learns_from_folders(workdir, tiny, capsys, monkeypatch):
     assert f"final  {float(rows[1]['test_accuracy']):.2f} %" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_it_resumes_bit_for_bit(workdir, tiny, monkeypatch):
     monkeypatch.setattr(script, "plot_run", lambda folder: None)
     flags = [*tiny, "--cutmix", 1, "--ema", 0.9]
@@ -121,15 +121,11 @@ def test_it_resumes_bit_for_bit(workdir, tiny, monkeypatch):
 
 @pytest.mark.slow
 def test_two_ranks_go_through_it(workdir, tiny):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, str(REPOSITORY / "imagenet" / "main_train_imagenet.py"), *tiny]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--run_dir", "two"], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
+    path = REPOSITORY / "imagenet" / "main_train_imagenet.py"
+    said, errors = (two := Process(path, *tiny, "--run_dir", "two", ranks=2)).communicate()
+    assert two.returncode == 0, errors
     assert [row["epoch"] for row in metrics("two")] == ["1", "2"]
-    assert done.stdout.count("epoch 2/2") == 1  # rank 0 alone prints
+    assert said.count("epoch 2/2") == 1  # rank 0 alone prints
 
 
 def test_the_data_can_be_checked_beforehand(workdir, tiny, capsys):

@@ -5,8 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,14 +13,14 @@ import loader as benchmark
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, as_rank
+from conftest import as_rank
 from PIL import Image
+from processes import Process
 from torchvision import transforms
 from torchvision.models import ResNet18_Weights
 
 from experiment.device import seed_everything
 from experiment.errors import UserError
-from experiment.signals import STOP_SIGNALS
 from imagenet.index import ImageFiles, list_images
 from imagenet.loader import FolderLoader, center_view, check_data, load_view, random_view
 
@@ -285,21 +284,15 @@ def test_a_worker_that_is_killed_is_reported(files):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", STOP_SIGNALS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes_stops_only_the_one_that_saves(made, number):
     """As from Ctrl-C, or from a cluster: no worker fails first, and the process ends soon."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", ENDLESS, str(made), str(int(number))],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=REPOSITORY,
-        start_new_session=True,
-    )
-    assert process.stdout.readline() == "first batch\n"
+    process = Process("-c", ENDLESS, made, int(number))
+    while not process.said():
+        assert process.poll() is None, process.errors()
+        time.sleep(0.01)
     os.killpg(process.pid, number)
-    out, err = process.communicate(timeout=30)
-    assert (out, err) == ("", "\nsaved\n")
+    assert process.communicate(timeout=30) == ("first batch\n", "\nsaved\n")
     assert process.returncode == 128 + number
 
 

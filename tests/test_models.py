@@ -179,6 +179,7 @@ def test_of_two_networks_in_a_file_none_is_taken_by_chance(tmp_path):
         load_model(tmp_path / "model.pth")
 
 
+@pytest.mark.slow
 def test_every_architecture_is_known_again_by_its_shapes(candidates):
     for arch in models.ARCHITECTURES:
         for stem in models.STEMS if arch in models.CIFAR_STEMS else ("cifar",):
@@ -210,6 +211,7 @@ def test_a_bare_state_dict_of_another_number_of_classes_is_named(tmp_path):
         load_model(tmp_path / "bare.pth", num_classes=10)
 
 
+@pytest.mark.slow
 def test_a_network_we_do_not_have_is_refused(candidates, tmp_path):
     other, linear = models.WideResNet(10, 1).state_dict(), nn.Linear(3, 3).state_dict()
     for weights in (other, linear, {**STATE, "layer5.weight": torch.zeros(3)}, {}):
@@ -374,6 +376,7 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path):
         init_from(build_model(stem="imagenet"), str(bare(tmp_path / "big.pth", resnet34())))
 
 
+@pytest.mark.slow
 def test_vgg_for_cifar_takes_torchvisions_convolutions(tmp_path):
     model = build_model("vgg11_bn")
     weights = {k: v + 1 for k, v in model.state_dict().items() if k.startswith("features.")}

@@ -1,4 +1,4 @@
-"""Jobs of two ranks, over gloo on the CPU, started by torchrun as a person would."""
+"""Jobs of two ranks, over gloo on the CPU; one is started by torchrun, as a person would."""
 
 import importlib
 import json
@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, as_rank, make_run, metrics, row
+from processes import Process
 from two_ranks import make_divisible
 
 import main_train_cifar10 as student_script
@@ -47,18 +48,6 @@ RUNS = {
     "teacher": ("fine_tune_teacher_cifar10", *SMALL, "--optimizer", "sgd", "--lr", "0.01"),
     "resumed": ("main_train_cifar10", *RANDOM_TEACHER, "--lr", "0.001", "--ema", "0.9"),
 }
-
-
-def job(script: str, *flags: str) -> subprocess.Popen:
-    """Two ranks of a script."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.Popen(
-        [*torchrun, script, *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
 
 
 def run_here(name: str, *argv: str) -> None:
@@ -105,7 +94,7 @@ def test_two_ranks_train_as_one_does(workdir, monkeypatch):
     runs["resumed"] = ["main_train_cifar10", "--resume", "resumed 2"]
     runs["statistics"] = named(statistics, "statistics 2", epochs=1)
     runs["wrong"] = ["main_train_cifar10", *RANDOM_TEACHER, "--batch_size", "15"]
-    two = job(DRIVER, json.dumps(list(runs.values())))
+    two = Process(DRIVER, json.dumps(list(runs.values())), ranks=2)
     stdout, stderr = two.communicate()
     said = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert said == ["error: --batch_size 15 cannot be shared by 2 processes"], stderr
@@ -124,7 +113,7 @@ def test_two_ranks_train_as_one_does(workdir, monkeypatch):
     torch.testing.assert_close(one[first], both[first], rtol=1e-4, atol=1e-6)
 
 
-def wait_for_an_epoch(two: subprocess.Popen, folder: str) -> None:
+def wait_for_an_epoch(two: Process | subprocess.Popen, folder: str) -> None:
     while not Path(folder, "metrics.csv").exists():
         assert two.poll() is None, two.communicate()[1]
         time.sleep(0.02)
@@ -133,7 +122,7 @@ def wait_for_an_epoch(two: subprocess.Popen, folder: str) -> None:
 @pytest.mark.slow
 def test_a_stopped_job_is_resumed_by_another_number_of_ranks(workdir):
     run = RUNS["cutmix, average"]
-    two = job(DRIVER, json.dumps([named(run, "two", epochs=8)]))
+    two = Process(DRIVER, json.dumps([named(run, "two", epochs=8)]), ranks=2)
     wait_for_an_epoch(two, "two")
     two.send_signal(signal.SIGTERM)
     _, stderr = two.communicate()
@@ -148,7 +137,14 @@ def test_a_stopped_job_is_resumed_by_another_number_of_ranks(workdir):
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_job_which_can_be_resumed(workdir):
-    two = job(STUDENT, *named(RANDOM_TEACHER, "run", epochs=8))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    two = subprocess.Popen(
+        [*torchrun, STUDENT, *named(RANDOM_TEACHER, "run", epochs=8)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     wait_for_an_epoch(two, "run")
     children = Path(f"/proc/{two.pid}/task/{two.pid}/children").read_text().split()
     os.kill(next(int(pid) for pid in children if is_rank_one(pid)), signal.SIGKILL)

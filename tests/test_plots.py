@@ -250,6 +250,7 @@ def test_a_teacher_has_no_columns_of_a_teacher_and_at_most_thirty_mistakes(tmp_p
     }
 
 
+@pytest.mark.slow
 def test_all_pictures_are_drawn_and_every_time_the_same(student, tmp_path):
     assert plot_run(student) == [student / name for name in ALL]
     plot_run(student, tmp_path / "again")

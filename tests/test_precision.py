@@ -88,6 +88,7 @@ def test_the_scale_is_saved_and_restored():
     assert other.state_dict() == saved
 
 
+@pytest.mark.slow
 def test_a_float16_run_is_resumed_bit_for_bit(workdir, monkeypatch):
     import fine_tune_teacher_cifar10 as script
 
@@ -113,6 +114,7 @@ def test_a_float16_run_is_resumed_bit_for_bit(workdir, monkeypatch):
     assert saved["scale"] > 1
 
 
+@pytest.mark.slow
 def test_a_student_trains_in_float16_as_in_float32(workdir, demo_teacher, capsys):
     for amp in ("fp16", "off"):
         flags = ["--amp", amp, "--run_dir", amp, "--output", f"{amp}.pth", "--epochs", 1]

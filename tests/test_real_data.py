@@ -15,8 +15,9 @@ pytestmark = pytest.mark.slow
 
 def statistics(images: ImageSet) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of each channel, over all pixels, in units of 0 to 255."""
-    pixels = images.images.transpose(0, 1).reshape(3, -1).double()
-    return pixels.mean(1), pixels.std(1, correction=0)
+    pixels = images.images.flatten(2).float()  # (N, 3, 1024)
+    mean, square = pixels.mean(2).double().mean(0), pixels.square().mean(2).double().mean(0)
+    return mean, (square - mean.square()).sqrt()
 
 
 def test_cifar10_is_the_original(real_data):
@@ -53,18 +54,18 @@ def test_another_decoder_reads_the_same_pixels(real_data):
 def test_the_cpu_recipe_learns_in_seconds(real_data, workdir):
     """The recipe of scripts/cpu.sh in 32 steps: far from 93 %, and far from chance.
 
-    400 test images are right by chance in 10 % of the cases, with a standard deviation of 1.5 %.
+    256 test images are right by chance in 10 % of the cases, with a standard deviation of 1.9 %.
     """
     common = "--arch airbench94 --optimizer muon --lr 0.24 --momentum 0.6 --scheduler linear"
-    common += " --augment reflect --epochs 2 --limit 400 --batch_size 25 --device cpu"
+    common += " --augment reflect --epochs 2 --limit 256 --batch_size 16 --device cpu"
     common = [*common.split(), "--data_dir", str(real_data)]
     teacher_script.main(teacher_script.parse_args([*common, "--init", "random"]))
     teacher = read_weights("teacher_cifar10_finetuned.pth")[1]["provenance"]
-    assert teacher["test_accuracy"] > 25
+    assert teacher["test_accuracy"] > 20
 
     fake = real_data / "cifake_train_fake"
     student_script.main(student_script.parse_args([*common, "--synthetic_data_dir", str(fake)]))
     student = read_weights("student_cifar10_kd.pth")[1]["provenance"]
-    assert student["test_accuracy"] > 20
+    assert student["test_accuracy"] > 16
     assert [row["epoch"] for row in metrics("runs/student-001")] == ["1", "2"]
     assert float(metrics("runs/student-001")[1]["train_agreement"]) > 50

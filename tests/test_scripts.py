@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from conftest import (
     without_times,
 )
 from PIL import Image
+from processes import Process
 from torch import Tensor
 
 import fine_tune_teacher_cifar10 as teacher_script
@@ -137,6 +139,7 @@ def assert_what_is_left(run: Path, test_set: ImageSet, logits: Tensor, taught: T
         assert np.array_equal(mistakes["images"], images)
 
 
+@pytest.mark.slow
 def test_what_a_student_trains_on(workdir, cifake, cifar10_binary, monkeypatch):
     """No demo: CIFAR-10 and CIFAKE from disk, and the published file names."""
     loaders = []
@@ -169,6 +172,7 @@ def test_what_a_student_trains_on(workdir, cifake, cifar10_binary, monkeypatch):
     assert len(config["teacher_sha256"]) == 64
 
 
+@pytest.mark.slow
 def test_cifar100_from_class_folders(workdir, cifar100, capsys):
     folder = workdir / "synthetic"
     for i in range(100):
@@ -206,6 +210,7 @@ def test_a_teacher_is_what_its_file_says(workdir, demo_teacher, capsys):
     }
 
 
+@pytest.mark.slow
 def test_an_untrained_teacher_is_a_control(workdir):
     taught = []
     for seed in (0, 1):
@@ -219,6 +224,7 @@ def test_an_untrained_teacher_is_a_control(workdir):
     assert not np.array_equal(*taught)
 
 
+@pytest.mark.slow
 def test_several_teachers_are_one(workdir, demo_teacher, monkeypatch):
     run_teacher("--seed", 1, "--output", "other.pth")
     one, two, both = ([demo_teacher], ["other.pth"], [demo_teacher, "other.pth"])
@@ -254,6 +260,7 @@ def test_a_teacher_of_other_classes_is_refused(workdir, demo_teacher, cifake, ci
 # ------------------------------------------------------------------------ seeds, levers, stops
 
 
+@pytest.mark.slow
 def test_the_seed_decides_everything(workdir, demo_teacher):
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         flags = ["--seed", seed, "--run_dir", name, "--output", f"{name}.pth"]
@@ -270,11 +277,16 @@ def test_the_seed_decides_everything(workdir, demo_teacher):
     ("name", "flags"),
     [
         ("teacher", ""),
-        ("teacher", "--cutmix 1 --augment rrc_jitter --ema 0.9 --scheduler onecycle"),
         ("student", ""),
-        ("student", "--cutmix 1 --augment rrc_jitter --ema 0.9 --scheduler cosine --holdout 30"),
-        ("student", "--hard_labels --mixup 0.4"),
-        ("student", "--optimizer muon --augment reflect --scheduler linear --warmup 0.2"),
+        *(
+            pytest.param(name, flags, marks=pytest.mark.slow)
+            for name, flags in (
+                ("teacher", "--cutmix 1 --augment rrc_jitter --ema 0.9 --scheduler onecycle"),
+                ("student", "--cutmix 1 --augment rrc_jitter --ema 0.9 --scheduler cosine"),
+                ("student", "--hard_labels --mixup 0.4 --holdout 30"),
+                ("student", "--optimizer muon --augment reflect --scheduler linear --warmup 0.2"),
+            )
+        ),
     ],
 )
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
@@ -305,6 +317,7 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
         assert Path("stopped", file).read_bytes() == Path("unbroken", file).read_bytes()
 
 
+@pytest.mark.slow
 def test_labels_take_the_place_of_the_teacher_only_when_it_is_said(workdir, demo_teacher):
     """Another teacher changes nothing for a student of labels, and all for one of the teacher."""
     for flags in ([], ["--hard_labels"]):
@@ -349,6 +362,7 @@ def test_a_finished_run_exports_again_without_training(workdir, demo_teacher, mo
     assert_equal_weights(STUDENT, "runs/demo/student-001/last.pt")
 
 
+@pytest.mark.slow
 def test_a_finished_network_is_never_lost(workdir, demo_teacher):
     """The same command again, and a teacher that lies under another name: nothing is in danger."""
     run_student("--teacher_weights", demo_teacher)
@@ -398,9 +412,10 @@ def test_everything_is_a_process_too(workdir):
         command = [sys.executable, "-I", *map(str, argv)]
         return subprocess.run(command, capture_output=True, text=True, cwd=workdir)
 
-    teacher = python(REPOSITORY / "fine_tune_teacher_cifar10.py", *TINY, *SMALL_NETWORK)
-    assert (teacher.returncode, teacher.stderr) == (0, "")
-    lines = teacher.stdout.splitlines()
+    teacher = Process(REPOSITORY / "fine_tune_teacher_cifar10.py", *TINY, *SMALL_NETWORK)
+    said, errors = teacher.communicate()
+    assert (teacher.returncode, errors) == (0, "")
+    lines = said.splitlines()
     assert lines[0] == "start: random weights"
     assert lines[1].startswith("run: runs/demo/teacher-001 on ")
     assert lines[2].endswith("fine_tune_teacher_cifar10.py --resume runs/demo/teacher-001")
@@ -415,26 +430,25 @@ def test_everything_is_a_process_too(workdir):
         "comparison/val_accuracy.png",
     ]
     assert all(Path(path).stat().st_size > 1000 for path in overlay.stdout.split())
-    wrong = python(REPOSITORY / "main_train_cifar10.py", "--epochs", "0")
-    assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert wrong.stderr.splitlines() == [
-        "error: argument --epochs: '0' is no whole number from 1 to 100000 (--help lists the flags)"
-    ]
+    wrong = Process(REPOSITORY / "main_train_cifar10.py", "--epochs", "0")
+    line = "argument --epochs: '0' is no whole number from 1 to 100000 (--help lists the flags)"
+    assert wrong.communicate() == ("", f"error: {line}\n")
+    assert wrong.returncode == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_process_that_is_told_to_stop_says_how_to_go_on(number, workdir):
     script = str(REPOSITORY / "main_train_cifar10.py")
-    command = [sys.executable, script, *TINY, *SMALL_NETWORK, "--epochs", "500"]
-    command += ["--teacher_weights", "random"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not process.stdout.readline().startswith("epoch 3/500"):
-        assert process.poll() is None
+    flags = [*TINY, *SMALL_NETWORK, "--epochs", "500", "--teacher_weights", "random"]
+    process = Process(script, *flags)
+    while "epoch 3/500" not in process.said():
+        assert process.poll() is None, process.errors()
+        time.sleep(0.01)
     process.send_signal(number)
     said, errors = process.communicate()
     assert process.returncode == 128 + number
-    finished = 3 + said.count("epoch ")
+    finished = said.count("\nepoch ")
     assert errors.strip().splitlines() == [
         f"stopped after epoch {finished} of 500; resume with",
         f"python {script} --resume runs/demo/student-001",
@@ -446,7 +460,12 @@ def test_a_process_that_is_told_to_stop_says_how_to_go_on(number, workdir):
 
 @pytest.mark.slow
 def test_killed_runs_end_as_if_nothing_had_happened(monkeypatch, capsys):
-    monkeypatch.setattr(kill_test, "SIZE", [*kill_test.SIZE, *SMALL_NETWORK])
+    def start(script, argv, folder):
+        code, log = kill_test.DRIVER, folder / "log.txt"
+        return Process("-c", code, REPOSITORY / script, *argv, cwd=folder, log=log)
+
+    monkeypatch.setattr(kill_test, "start", start)
+    monkeypatch.setattr(kill_test, "SIZE", [*kill_test.SIZE, *SMALL_NETWORK, "--epochs", "4"])
     kill_test.main(kill_test.parse_args(["--kills", "2", "--scripts", kill_test.SCRIPTS[1]]))
     assert "2 kills: " in (said := capsys.readouterr().out)
     assert "0 different, 0 unreadable files" in said

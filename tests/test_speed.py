@@ -82,6 +82,7 @@ def losses(cifake, monkeypatch):
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [speed.STUDENT, speed.TEACHER], ids=["student", "teacher"])
 def test_all_ways_train_alike(recipe, losses, monkeypatch):
     """Same weights, images, loss and optimizer: the same losses, to rounding in float32."""

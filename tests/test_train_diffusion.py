@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TIMES, TINY, metrics
-from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 from test_bad_input import fails
 
@@ -40,6 +39,7 @@ def train(*argv: str | Path) -> None:
     train_diffusion.main(train_diffusion.parse_args([*SMALL, *map(str, argv)]))
 
 
+@pytest.mark.slow
 @pytest.mark.draws
 def test_a_run(workdir, capsys):
     train("--run_dir", "run", "--output", "model.pth")
@@ -62,6 +62,7 @@ def test_a_run(workdir, capsys):
     assert_equal_weights(Path("model.pth"), Path("model.001.pth"))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(workdir, monkeypatch):
     train("--run_dir", "whole", "--output", "whole.pth")
     loss, calls = train_diffusion.fixed_loss, []
@@ -81,6 +82,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(workdir, monkeypatch):
     assert without_times(metrics(Path("run"))) == without_times(metrics(Path("whole")))
 
 
+@pytest.mark.slow
 def test_from_cifar10_to_images(workdir, cifar10_binary):
     flags = "--limit 64 --batch_size 32 --epochs 1 --channels 8 --layers 1 --device cpu"
     argv = [*flags.split(), "--data_dir", str(cifar10_binary)]
@@ -98,6 +100,7 @@ def test_the_default_is_the_network_of_ddpm():
     assert sum(weight.numel() for weight in unet.parameters()) == 35_751_939
 
 
+@pytest.mark.slow
 def test_it_learns_what_its_classes_look_like():
     """Two classes, dark and bright: after some steps, samples of one are brighter."""
     torch.manual_seed(0)
@@ -118,6 +121,8 @@ def test_it_learns_what_its_classes_look_like():
 
 def test_the_loss():
     """The error of a network that is always right is zero; labels are dropped as told."""
+    from diffusers.models.unets.unet_2d import UNet2DOutput
+
     images, labels = torch.rand(64, 3, 32, 32) * 2 - 1, torch.arange(64) % 10
     schedule, seen = diffusion.build_schedule(), []
 
@@ -182,6 +187,7 @@ def test_bad_input(argv, code, expected, workdir, capsys):
     assert not list(workdir.glob("**/*.pth"))
 
 
+@pytest.mark.slow
 def test_flags_of_another_run(workdir, capsys):
     train("--run_dir", "run", "--epochs", 1)
     argv = ["--resume", "run", "--channels", "16"]
