@@ -129,7 +129,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         metavar="FILE",
         help="the teacher's file or URL (URL#sha256=HEX is checked); several form an ensemble: "
         "the student matches the mean of their logits; random is an untrained network, a control "
-        "%(default)s",
+        "[teacher_cifar10_finetuned.pth]",
     )
     flags.add_temperature_flag(add)
     add = parser.add_argument_group("controls").add_argument

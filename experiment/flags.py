@@ -40,7 +40,7 @@ def add_data_flags(parser: Parser, demo: dict) -> argparse._ArgumentGroup:
         metavar="N",
         help="use only the first N images of each set, for a quick test [all]",
     )
-    changes = " ".join(f"--{key} {value}" for key, value in demo.items())
+    changes = " ".join(f"--{key} {as_typed(value)}" for key, value in demo.items())
     group.add_argument(
         "--demo",
         action="store_true",
@@ -52,6 +52,11 @@ def add_data_flags(parser: Parser, demo: dict) -> argparse._ArgumentGroup:
     for flag in ("skip_bad_images", "download_synthetic"):
         parser.add_need(flag, "CIFAKE", _is_cifake)
     return group
+
+
+def as_typed(value: object) -> str:
+    """A default as one would type it."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _is_cifake(args: Namespace) -> bool:
@@ -68,7 +73,8 @@ def add_model_flags(
         choices=tuple(architectures),
         default=architectures[0],
         metavar="NAME",
-        help=f"one of {', '.join(architectures)} [%(default)s]",
+        help="the network that is trained; a teacher's is in its file: "
+        f"{', '.join(architectures)} [%(default)s]",
     )
     group.add_argument(
         "--stem",
@@ -81,6 +87,7 @@ def add_model_flags(
 
 def add_optimisation_flags(parser: Parser, recipe: dict) -> None:
     """--epochs to --ema; `recipe` holds the defaults of the script."""
+    recipe = dict(milestones=[0.5, 0.8], gamma=0.1, momentum=0.9, warmup=0.0, ema=0.0) | recipe
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int_in(1, 10**5), metavar="N", help="length of the run [%(default)s]")
     add("--batch_size", type=int_in(2, 10**6), metavar="N", help="images a step [%(default)s]")
@@ -99,7 +106,8 @@ def add_optimisation_flags(parser: Parser, recipe: dict) -> None:
         type=float_in(0, 1, above=True),
         nargs="+",
         metavar="X",
-        help="when multistep drops the learning rate, as fractions of the run %(default)s",
+        help="when multistep drops the learning rate, as fractions of the run "
+        f"[{as_typed(recipe['milestones'])}]",
     )
     add(
         "--gamma",
@@ -120,7 +128,6 @@ def add_optimisation_flags(parser: Parser, recipe: dict) -> None:
         help="decay, per batch, of an exponential moving average of the weights, which is then "
         "tested and saved; 0 for none [%(default)s]",
     )
-    parser.set_defaults(milestones=[0.5, 0.8], gamma=0.1, momentum=0.9, warmup=0.0, ema=0.0)
     parser.set_defaults(**recipe)
     need = parser.add_need
     need("momentum", "--optimizer sgd or muon", lambda a: a.optimizer != "adam")

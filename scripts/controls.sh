@@ -3,8 +3,8 @@
 #
 #     bash scripts/controls.sh TEACHER [SEED ...]
 #
-# TEACHER is a weight file. EPOCHS is the number of epochs of 50,000 images, and RECIPE the flags of
-# every run. Their defaults are for a CPU; on a GPU, use EPOCHS=50 RECIPE="--stem cifar". Runs go to
+# TEACHER is a weight file. The students are those of scripts/cpu.sh; on a GPU, use EPOCHS=50
+# RECIPE="--stem cifar" for the default recipe. DMKD_DATA is the folder of both data sets. Runs go to
 # runs/controls$TAG/ and the table to results/controls$TAG/. Give every other recipe a TAG, such as
 # _gpu. Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
@@ -13,13 +13,15 @@ shift
 source "$(dirname "$0")/environment.sh" requirements.txt
 source "$(dirname "$0")/once.sh"
 experiment controls
-recipe="--epochs ${EPOCHS:-5} ${RECIPE:---stem imagenet --scheduler onecycle --nesterov}"
+recipe="--epochs ${EPOCHS:-8} --data_dir $real ${RECIPE:-$fast}"
+on_cifake="--synthetic_data_dir $cifake"
 
+# shellcheck disable=SC2086
 for seed in ${*:-0 1 2}; do
-    student cifake --teacher_weights "$teacher"                          # the one to compare with
-    student hard_labels --teacher_weights "$teacher" --hard_labels       # images without a teacher
-    student noise --teacher_weights "$teacher" --train_on noise          # a teacher without images
+    student cifake --teacher_weights "$teacher" $on_cifake               # the one to compare with
+    student hard_labels --teacher_weights "$teacher" $on_cifake --hard_labels # images, no teacher
+    student noise --teacher_weights "$teacher" --train_on noise          # a teacher, no images
     student real --teacher_weights "$teacher" --train_on real            # the upper bound
-    student untrained_teacher --teacher_weights random                   # its ten outputs mean nothing
+    student untrained_teacher --teacher_weights random $on_cifake        # its outputs mean nothing
 done
 summary

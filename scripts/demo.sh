@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The whole experiment in two minutes on two CPU cores, on drawn pictures: no data and no GPU.
-# Makes .venv if needed, trains a teacher on "real" pictures and two students on "synthetic" ones, and
-# prints the accuracy of the three on "real" test pictures. All files go to a new folder under runs/.
+# Makes .venv, unless a virtual environment is active, trains a teacher on "real" pictures and two
+# students on "synthetic" ones, and prints the accuracy of the three on "real" test pictures. All
+# files go to a new folder under runs/.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt
 

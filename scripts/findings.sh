@@ -1,37 +1,37 @@
 #!/usr/bin/env bash
-# The paper's findings, as far as CIFAKE allows: weaker teachers, temperature, the number and the
-# fidelity of the images.
+# The paper's findings, as far as CIFAKE allows: the fidelity and the number of the images, weaker
+# teachers, temperature and length.
 #
 #     bash scripts/findings.sh TEACHER [SEED ...]
 #
 # TEACHER is a weight file. Every student sees EPOCHS times 50,000 views, so a small set is seen more
-# often. RECIPE has the flags of every student, and WEAK the epochs of the weaker teachers. The
-# defaults are for a CPU; on a GPU, use EPOCHS=50 RECIPE="--stem cifar" WEAK="1 2 5 15". ENSEMBLE can
-# name several weight files, which then form an ensemble. Runs go to runs/findings$TAG/ and
-# runs/controls$TAG/, and the table to results/findings$TAG/. Give every other recipe or teacher a
-# TAG, such as _gpu. Finished runs are skipped, stopped ones are resumed.
+# often. The students are those of scripts/cpu.sh; on a GPU, use EPOCHS=50 RECIPE="--stem cifar" for
+# the default recipe. WEAK are the epochs of the weaker teachers, LENGTHS those of students that
+# train longer or shorter. ENSEMBLE can name several weight files, which then form an ensemble.
+# DMKD_DATA is the folder of both data sets. Runs go to runs/findings$TAG/ and runs/controls$TAG/,
+# and the table to results/findings$TAG/. Give every other recipe or teacher a TAG, such as _gpu.
+# Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift
 source "$(dirname "$0")/environment.sh" requirements.txt
 source "$(dirname "$0")/once.sh"
 experiment findings
-epochs=${EPOCHS:-5} weak=${WEAK:-1 3}
-recipe="--epochs $epochs ${RECIPE:---stem imagenet --scheduler onecycle --nesterov}"
+epochs=${EPOCHS:-8} weak=${WEAK:-1 2 4} lengths=${LENGTHS:-4 16 32}
+recipe="--epochs $epochs --data_dir $real ${RECIPE:-$fast} --synthetic_data_dir $cifake"
 
 on_variant() { # on_variant NAME FLAGS...: on a folder that variants.py made
     local name=$1 folder=$runs/images/$1
     shift
-    [ -d "$folder" ] || python synthetic_data/variants.py "$@" "$folder"
+    [ -d "$folder" ] || python synthetic_data/variants.py "$@" --synthetic_data_dir "$cifake" "$folder"
     student "$name" --teacher_weights "$teacher" --synthetic_data_dir "$folder" \
         --epochs $((epochs * 50000 / $(find "$folder" -type f | wc -l)))
 }
 
-stem=$(grep -oE 'imagenet|cifar' <<< "$recipe" | head -n 1 || true)
+# shellcheck disable=SC2086
 for n in $weak; do
-    once "$runs/teacher_of_$n-0" fine_tune_teacher_cifar10.py --init random \
-        --epochs "$n" --stem "${stem:-cifar}" \
-        --optimizer sgd --nesterov --lr 0.1 --weight_decay 5e-4 --scheduler onecycle
+    once "$runs/teacher_of_$n-0" fine_tune_teacher_cifar10.py --init random --epochs "$n" \
+        --data_dir "$real" $fast
 done
 for seed in ${*:-0 1 2}; do
     # the student to compare with: the first one of controls.sh
@@ -55,6 +55,9 @@ for seed in ${*:-0 1 2}; do
     # temperature; T = 10 is the student of controls.sh
     for t in 1 4; do
         student "temperature_$t" --teacher_weights "$teacher" --temperature "$t"
+    done
+    for n in $lengths; do
+        student "epochs_$n" --teacher_weights "$teacher" --epochs "$n"
     done
 done
 summary "runs/controls${TAG:-}"/cifake-*/ "$runs"/*-[0-9]*/

@@ -1,6 +1,12 @@
 # Functions that the experiments in scripts/ share. A run in the folder RUN writes its network to
 # RUN.pth. A finished run is skipped, a stopped one is resumed.
 
+# The data, and the recipe of the fast pair: small networks that a CPU trains in an hour.
+# shellcheck disable=SC2034
+real=${DMKD_DATA:-data} cifake=${DMKD_DATA:-synthetic_data}/cifake_train_fake
+fast="--arch airbench94 --batch_size 1000 --optimizer muon --lr 0.24 --momentum 0.6
+    --weight_decay 0.005 --scheduler linear --augment reflect"
+
 # experiment NAME: its runs go to runs/NAME$TAG/, its table to results/NAME$TAG/.
 experiment() {
     runs=runs/$1${TAG:-} results=results/$1${TAG:-}

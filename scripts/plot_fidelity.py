@@ -26,10 +26,15 @@ def last_accuracy(folder: Path) -> float:
     return read_metrics(folder)["test_accuracy"][-1]
 
 
+def finished(folder: Path, pattern: str) -> list[Path]:
+    """The networks of the runs, without expert-0.001.pth, which is an older expert-0.pth."""
+    return [path for path in sorted(folder.glob(pattern)) if "." not in path.stem]
+
+
 def read_students(top: Path) -> list[dict]:
     """A row for each finished student: its images, its teacher and its accuracy."""
     rows = []
-    for path in sorted(top.glob("students/*/*.pth")):
+    for path in finished(top / "students", "*/*.pth"):
         name = path.parent.name
         measures = json.loads((top / "measures" / name / "measures.json").read_text())
         args = {}
@@ -45,7 +50,7 @@ def read_students(top: Path) -> list[dict]:
 
 def read_counts(top: Path) -> list[dict]:
     rows = []
-    for path in top.glob("counts/*.pth"):
+    for path in finished(top / "counts", "*.pth"):
         count, seed = map(int, path.stem.split("-"))
         rows.append(
             {"images": count, "seed": seed, "student_accuracy": last_accuracy(path.with_suffix(""))}

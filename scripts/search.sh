@@ -14,36 +14,29 @@ shift
 source "$(dirname "$0")/environment.sh" requirements.txt
 source "$(dirname "$0")/once.sh"
 
-runs=runs/search${TAG:-}
-recipe="--data_dir ${DMKD_DATA:-data} --synthetic_data_dir ${DMKD_DATA:-synthetic_data}/cifake_train_fake
-    --holdout 2000 --limit ${IMAGES:-50000} --epochs ${EPOCHS:-4} --arch airbench94 --batch_size 1000
-    --optimizer muon --lr 0.24 --momentum 0.6 --weight_decay 0.005 --scheduler linear
-    --augment reflect"
+experiment search
+recipe="--data_dir $real --synthetic_data_dir $cifake --holdout 2000 --limit ${IMAGES:-50000}
+    --epochs ${EPOCHS:-4} $fast --teacher_weights $teacher"
 
-student() { # student NAME FLAGS...
-    local name=$1
-    shift
-    case " ${SETTINGS:-$name} " in *" $name "*) ;; *) return 0 ;; esac
-    # shellcheck disable=SC2086
-    once "$runs/$name-$seed" main_train_cifar10.py \
-        --teacher_weights "$teacher" --seed "$seed" $recipe "$@"
+setting() { # setting NAME FLAGS...: unless SETTINGS names others
+    case " ${SETTINGS:-$1} " in *" $1 "*) student "$@" ;; esac
 }
 
 for seed in ${*:-0}; do
-    student base
-    student temperature_4 --temperature 4
-    student temperature_20 --temperature 20
-    student crop --augment crop
-    student rrc_jitter --augment rrc_jitter
-    student mixup --mixup 1
-    student cutmix --cutmix 1
-    student batch_500 --batch_size 500 --lr 0.17
-    student batch_2000 --batch_size 2000 --lr 0.34
-    student lr_012 --lr 0.12
-    student lr_036 --lr 0.36
-    student warmup --warmup 0.1
-    student ema --ema 0.98
-    student momentum_08 --momentum 0.8
-    student decay_0 --weight_decay 0
+    setting base
+    setting temperature_4 --temperature 4
+    setting temperature_20 --temperature 20
+    setting crop --augment crop
+    setting rrc_jitter --augment rrc_jitter
+    setting mixup --mixup 1
+    setting cutmix --cutmix 1
+    setting batch_500 --batch_size 500 --lr 0.17
+    setting batch_2000 --batch_size 2000 --lr 0.34
+    setting lr_012 --lr 0.12
+    setting lr_036 --lr 0.36
+    setting warmup --warmup 0.1
+    setting ema --ema 0.98
+    setting momentum_08 --momentum 0.8
+    setting decay_0 --weight_decay 0
 done
-python scripts/summarize.py "results/search${TAG:-}" "$runs"/*/
+summary

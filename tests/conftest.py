@@ -3,6 +3,7 @@ import hashlib
 import os
 import pickle
 import signal
+import subprocess
 from argparse import Namespace
 from pathlib import Path
 
@@ -56,6 +57,34 @@ def assert_equal_weights(one: str | Path, two: str | Path) -> None:
     assert one.keys() == two.keys()
     for key in one:
         assert torch.equal(one[key], two[key]), key
+
+
+# Instead of Python: notes its arguments, and makes the folder that variants.py would.
+STUB = """#!/usr/bin/env bash
+printf '%q ' "$@" >> "$LOG"
+echo >> "$LOG"
+if [[ $1 == *variants.py ]]; then mkdir -p "${@: -1}"; touch "${@: -1}"/{1..50}.jpg; fi
+"""
+
+
+def started_by(workdir: Path, name: str, *argv: str) -> list[str]:
+    """The commands that scripts/NAME starts, with something in place of Python that notes them."""
+    (workdir / "scripts").symlink_to(REPOSITORY / "scripts")
+    active = workdir / "active"  # a virtual environment
+    python = active / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(STUB)
+    python.chmod(0o755)
+    (workdir / "data" / "cifake_train_fake").mkdir(parents=True)
+    for path in REPOSITORY.glob("requirements*.txt"):
+        (workdir / path.name).touch()
+    paths = {"LOG": workdir / "log", "DMKD_DATA": workdir / "data", "VIRTUAL_ENV": active}
+    environment = {**os.environ, **{name: str(path) for name, path in paths.items()}}
+    shell = ["bash", f"{workdir}/scripts/{name}", *argv]
+    subprocess.run(shell, cwd=workdir, env=environment, capture_output=True)
+    assert not Path(workdir, ".venv").exists()
+    lines = (workdir / "log").read_text().splitlines()
+    return [line for line in lines if not line.startswith("-m pip")]
 
 
 # ------------------------------------------------------------------- a run without its training

@@ -6,6 +6,7 @@ import pytest
 
 import fine_tune_teacher_cifar10 as teacher_script
 import main_train_cifar10 as student_script
+from experiment.flags import as_typed
 from experiment.folder import FORMAT
 from imagenet import main_train_imagenet as imagenet_script
 
@@ -58,7 +59,7 @@ def test_help_shows_what_a_demo_changes(script, capsys):
     changed = {key for key in plain if plain[key] != demo[key]} - {"demo"}
     assert changed
     for key in changed:
-        assert f"--{key} {demo[key]}" in entry
+        assert f"--{key} {as_typed(demo[key])}" in entry
 
 
 @pytest.mark.parametrize("script", [teacher_script, student_script, imagenet_script])
@@ -72,8 +73,7 @@ def test_help_shows_every_flag_with_its_default(script, capsys):
             continue
         (entry,) = (e for e in entries if re.match(rf"--{flag}[ ,\n]", e))
         if default is not None and default is not False:
-            shown = str(default) if isinstance(default, list) else f"[{default}]"
-            assert shown in " ".join(entry.split())
+            assert f"[{as_typed(default)}]" in " ".join(entry.split())
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,15 @@
 import functools
 import importlib
 import io
-import os
 import re
 import shlex
-import subprocess
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, started_by
 
 import fine_tune_teacher_cifar10 as teacher_script
 import main_train_cifar10 as student_script
@@ -148,12 +146,6 @@ EXPERIMENTS = [
     *("fidelity.sh toy", "findings.sh teacher.pth 0", "pairs.sh 0", "reproduce.sh imagenet 0"),
     "search.sh teacher.pth 0",
 ]
-# Instead of Python: notes its arguments, and makes the folder that variants.py would.
-STUB = """#!/usr/bin/env bash
-printf '%q ' "$@" >> "$LOG"
-echo >> "$LOG"
-if [[ $1 == *variants.py ]]; then mkdir -p "${@: -1}"; touch "${@: -1}"/{1..50}.jpg; fi
-"""
 
 
 def test_every_experiment_is_known():
@@ -166,45 +158,27 @@ def test_every_experiment_is_known():
 def test_every_command_of_an_experiment_parses(command, workdir):
     """Each of scripts/*.sh is run, with something in place of Python that notes the commands."""
     script, *argv = command.split()
-    (workdir / "scripts").symlink_to(REPOSITORY / "scripts")
-    python = workdir / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(STUB)
-    python.chmod(0o755)
-    (workdir / "data" / "cifake_train_fake").mkdir(parents=True)
-    for path in REPOSITORY.glob("requirements*.txt"):
-        (workdir / path.name).touch()
-    environment = {**os.environ, "LOG": str(workdir / "log"), "DMKD_DATA": str(workdir / "data")}
-    shell = ["bash", f"{workdir}/scripts/{script}", *argv]
-    subprocess.run(shell, cwd=workdir, env=environment, capture_output=True)
-    lines = (workdir / "log").read_text().splitlines()
-    started = [line for line in lines if not line.startswith("-m pip")]
-    calls = r"^ *(?:python|once|student|pair|on_variant|images|measures|students) [^(]"
+    started = started_by(workdir, script, *argv)
+    calls = r"^ *(?:python|once|student|setting|pair|on_variant|images|measures|students) [^(]"
     text = (REPOSITORY / "scripts" / script).read_text()
     assert len(started) >= len(re.findall(calls, text, re.MULTILINE)) - 1 > 0
     for line in started:
         parse(line)
 
 
-def test_the_cpu_recipe_is_the_one_of_its_script():
+def test_the_cpu_recipe_is_the_one_of_its_script(workdir):
     """The lines for those without bash start the same runs as scripts/cpu.sh."""
-    shell = (REPOSITORY / "scripts" / "cpu.sh").read_text()
-    common = re.search(r'^airbench="(.*?)"$', shell, re.MULTILINE | re.DOTALL)[1].split()
-    common = common[: common.index("--data_dir")]
-    for script, kept in ((teacher_script, "fine_tune"), (student_script, "main_train")):
-        lines = [c for c in COMMANDS if c.startswith(kept) and "muon" in c]
+    started = started_by(workdir, "cpu.sh", "0")
+    for script, name in ((teacher_script, "fine_tune"), (student_script, "main_train")):
+        of_script, *_ = (shlex.split(line)[1:] for line in started if line.startswith(name))
+        expected = vars(script.parse_args(of_script))
+        lines = [c for c in COMMANDS if c.startswith(name) and "muon" in c]
         assert lines
-        started = re.search(rf"{kept}\S+ (.*?) \\\n(.*?)\$airbench", shell, re.DOTALL)
-        words = re.sub(r"\\\n", " ", f"{started[1]} {started[2]}").split()
-        pairs = dict(zip(words[::2], words[1::2], strict=True))
-        for flag in ("--seed", "--teacher_weights", "--synthetic_data_dir"):
-            pairs.pop(flag, None)
-        argv = [*common, *(word for pair in pairs.items() for word in pair)]
-        expected = vars(script.parse_args(argv))
         for line in lines:
             given = vars(script.parse_args(shlex.split(line)[1:]))
-            names = [name for name in given if name not in ("output", "teacher_weights")]
-            assert [given[name] for name in names] == [expected[name] for name in names], line
+            paths = {"output", "run_dir", "teacher_weights", "data_dir", "synthetic_data_dir"}
+            names = given.keys() - paths
+            assert {n: given[n] for n in names} == {n: expected[n] for n in names}, line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)

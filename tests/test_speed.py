@@ -1,15 +1,13 @@
 """The fast path computes what the plain one does, and the benchmark compares like with like."""
 
 import functools
-import re
 import shlex
 from argparse import Namespace
-from types import ModuleType
 
 import pytest
 import speed
 import torch
-from conftest import REPOSITORY
+from conftest import started_by
 from torch import Tensor, nn
 
 import augmentations
@@ -94,28 +92,21 @@ def test_all_ways_train_alike(recipe, losses, monkeypatch):
         assert losses(way, recipe, amp="off") == pytest.approx(plain, rel=1e-4), way
 
 
-def flags_in_cpu_sh(script: ModuleType) -> Namespace:
-    """What scripts/cpu.sh gives to a script."""
-    text = (REPOSITORY / "scripts" / "cpu.sh").read_text().replace("\\\n", " ")
-    airbench = re.search(r'^airbench="(.*?)"$', text, re.MULTILINE | re.DOTALL)[1]
-    line = re.search(rf"^ +once \S+ {script.__name__}\.py (.*)$", text, re.MULTILINE)[1]
-    line = line.replace("$airbench", airbench.replace("${RECIPE:-}", "")).replace("$seed", "0")
-    return script.parse_args(shlex.split(line))
-
-
 @pytest.mark.parametrize(
-    ("recipe", "args"),
+    ("script", "published", "of_cpu_sh"),
     [
-        (speed.TEACHER, teacher_script.parse_args([])),
-        (speed.STUDENT, student_script.parse_args([])),
-        (speed.CPU_TEACHER, flags_in_cpu_sh(teacher_script)),
-        (speed.CPU_STUDENT, flags_in_cpu_sh(student_script)),
+        (teacher_script, speed.TEACHER, speed.CPU_TEACHER),
+        (student_script, speed.STUDENT, speed.CPU_STUDENT),
     ],
-    ids=["published teacher", "published student", "teacher of cpu.sh", "student of cpu.sh"],
+    ids=["teacher", "student"],
 )
-def test_recipes_are_those_of_the_scripts(recipe, args):
-    expected = {key: value for key, value in vars(recipe).items() if key != "distil"}
-    assert {key: getattr(args, key) for key in expected} == expected
+def test_recipes_are_those_of_the_scripts(script, published, of_cpu_sh, workdir):
+    lines = [shlex.split(line) for line in started_by(workdir, "cpu.sh")]
+    argv = next(flags for path, *flags in lines if path == f"{script.__name__}.py")
+    for recipe, args in ((published, []), (of_cpu_sh, argv)):
+        expected = {key: value for key, value in vars(recipe).items() if key != "distil"}
+        given = script.parse_args(args)
+        assert {key: getattr(given, key) for key in expected} == expected
 
 
 @pytest.mark.parametrize("way", ["teacher of cpu.sh", "student of cpu.sh"])
