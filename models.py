@@ -57,13 +57,13 @@ FOR_32X32 = {
 ARCHITECTURES = (*CIFAR_STEMS, *FOR_32X32)
 
 
-def whiten(model: nn.Module, images: Tensor) -> None:
+def whiten(model: nn.Module, images: Tensor, epsilon: float = 5e-4) -> None:
     """Set the whitening filters of an airbench network; other networks stay as they are.
 
     images: normalised, (N, 3, 32, 32), the first WHITENING_IMAGES of the training images.
     """
     if isinstance(model, Airbench):
-        model.whiten(images)
+        model.whiten(images, epsilon)
 
 
 class Ensemble(nn.Module):

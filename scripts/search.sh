@@ -4,8 +4,9 @@
 #     bash scripts/search.sh TEACHER [SEED ...]
 #
 # The choice is made by val_agreement: agreement with the teacher on 2,000 held-out synthetic images
-# and on four shifted copies of each (brighter, less saturated, blurred, JPEG). The test accuracy is
-# also in summary.csv and decides nothing. EPOCHS, IMAGES and SETTINGS (names from below) shorten it.
+# and on five shifted copies of each (brighter, less saturated, blurred, JPEG, sharper). The test
+# accuracy is also in summary.csv and decides nothing. EPOCHS, IMAGES and SETTINGS (names from below)
+# shorten it.
 # DMKD_DATA is the folder of both data sets. TAG marks the folders of another search. Finished runs
 # are skipped, stopped ones are resumed.
 set -euo pipefail
@@ -24,6 +25,9 @@ setting() { # setting NAME FLAGS...: unless SETTINGS names others
 
 for seed in ${*:-0}; do
     setting base
+    setting whitening_2e3 --whitening_epsilon 0.002
+    setting whitening_1e2 --whitening_epsilon 0.01
+    setting whitening_5e2 --whitening_epsilon 0.05
     setting temperature_4 --temperature 4
     setting temperature_20 --temperature 20
     setting crop --augment crop

@@ -627,16 +627,19 @@ def test_shifted_copies_follow_the_images():
     smooth = torch.linspace(40, 160, 3 * 3 * 32 * 32).view(3, 3, 32, 32).to(torch.uint8)
     images = ImageSet(smooth, images.labels, images.classes)
     shifted = with_shifted_copies(images)
-    assert shifted.images.shape == (15, 3, 32, 32)
+    assert shifted.images.shape == (18, 3, 32, 32)
     assert shifted.images.dtype == torch.uint8
-    assert shifted.labels.tolist() == [0, 1, 2] * 5
-    plain, bright, pale, blurred, crushed = shifted.images.float().split(3)
+    assert shifted.labels.tolist() == [0, 1, 2] * 6
+    plain, bright, pale, blurred, crushed, _ = shifted.images.float().split(3)
     assert torch.equal(plain, images.images.float())
     assert (bright - 1.4 * plain).abs().max() <= 1
     spread = [x.std(dim=1).mean() for x in (plain, pale)]  # of the three colours
     assert 0.35 < spread[1] / spread[0] < 0.45
     for copy in (blurred, crushed):
         assert 0 < (copy - plain).abs().mean() < 5
+    rough = with_shifted_copies(made_set(3)).images.float().split(3)
+    plain, blurred, sharp = (rough[i].diff(dim=3).abs().mean() for i in (0, 3, 5))
+    assert blurred < plain < sharp
     assert len(with_shifted_copies(images.first(0))) == 0
 
 
