@@ -57,13 +57,13 @@ FOR_32X32 = {
 ARCHITECTURES = (*CIFAR_STEMS, *FOR_32X32)
 
 
-def whiten(model: nn.Module, images: Tensor, epsilon: float = 5e-4) -> None:
+def whiten(model: nn.Module, images: Tensor) -> None:
     """Set the whitening filters of an airbench network; other networks stay as they are.
 
     images: normalised, (N, 3, 32, 32), the first WHITENING_IMAGES of the training images.
     """
     if isinstance(model, Airbench):
-        model.whiten(images, epsilon)
+        model.whiten(images)
 
 
 class Ensemble(nn.Module):

@@ -66,15 +66,14 @@ class Airbench(nn.Module):
         return self.head(self.pool(x).flatten(1)) / 9  # as published: small logits, a slow head
 
     @torch.no_grad()
-    def whiten(self, images: Tensor, epsilon: float = 5e-4) -> None:
+    def whiten(self, images: Tensor) -> None:
         """Set the frozen filters from normalised training images, (N, 3, 32, 32), on the CPU.
 
         They are the twelve eigenvectors of the covariance of all 2x2 patches, each divided by the
-        root of its eigenvalue + `epsilon`, and their negatives: projections with a variance of one
-        or, where the eigenvalue is as small as `epsilon`, less.
+        root of its eigenvalue + 5e-4, and their negatives: projections with a variance of one.
         """
         patches = images.unfold(2, 2, 1).unfold(3, 2, 1)  # (N, 3, 31, 31, 2, 2)
         patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-        filters = (vectors / (values + epsilon).sqrt()).T.reshape(12, 3, 2, 2)
+        filters = (vectors / (values + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
         self.whitening.weight.copy_(torch.cat([filters, -filters]))

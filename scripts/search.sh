@@ -25,9 +25,6 @@ setting() { # setting NAME FLAGS...: unless SETTINGS names others
 
 for seed in ${*:-0}; do
     setting base
-    setting whitening_2e3 --whitening_epsilon 0.002
-    setting whitening_1e2 --whitening_epsilon 0.01
-    setting whitening_5e2 --whitening_epsilon 0.05
     setting temperature_4 --temperature 4
     setting temperature_20 --temperature 20
     setting crop --augment crop
@@ -39,6 +36,7 @@ for seed in ${*:-0}; do
     setting lr_012 --lr 0.12
     setting lr_036 --lr 0.36
     setting warmup --warmup 0.1
+    setting cosine --scheduler cosine
     setting ema --ema 0.98
     setting momentum_08 --momentum 0.8
     setting decay_0 --weight_decay 0
