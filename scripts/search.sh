@@ -34,8 +34,6 @@ for seed in ${*:-0}; do
     setting batch_250 --batch_size 250 --lr 0.12
     setting batch_500 --batch_size 500 --lr 0.17
     setting batch_2000 --batch_size 2000 --lr 0.34
-    setting batch_500_lr_008 --batch_size 500 --lr 0.085
-    setting lr_006 --lr 0.06
     setting lr_012 --lr 0.12
     setting lr_036 --lr 0.36
     setting warmup --warmup 0.1
