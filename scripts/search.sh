@@ -31,6 +31,7 @@ for seed in ${*:-0}; do
     setting rrc_jitter --augment rrc_jitter
     setting mixup --mixup 1
     setting cutmix --cutmix 1
+    setting batch_125 --batch_size 125 --lr 0.085
     setting batch_250 --batch_size 250 --lr 0.12
     setting batch_500 --batch_size 500 --lr 0.17
     setting batch_2000 --batch_size 2000 --lr 0.34
