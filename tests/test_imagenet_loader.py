@@ -21,6 +21,7 @@ from torchvision.models import ResNet18_Weights
 
 from experiment.device import seed_everything
 from experiment.errors import UserError
+from experiment.signals import STOP_SIGNALS
 from imagenet.index import ImageFiles, list_images
 from imagenet.loader import FolderLoader, center_view, check_data, load_view, random_view
 
@@ -284,7 +285,7 @@ def test_a_worker_that_is_killed_is_reported(files):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_to_all_processes_stops_only_the_one_that_saves(made, number):
     """As from Ctrl-C, or from a cluster: no worker fails first, and the process ends soon."""
     process = Process("-c", ENDLESS, made, int(number))

@@ -54,18 +54,18 @@ def test_another_decoder_reads_the_same_pixels(real_data):
 def test_the_cpu_recipe_learns_in_seconds(real_data, workdir):
     """The recipe of scripts/cpu.sh in 32 steps: far from 93 %, and far from chance.
 
-    256 test images are right by chance in 10 % of the cases, with a standard deviation of 1.9 %.
+    400 test images are right by chance in 10 % of the cases, with a standard deviation of 1.5 %.
     """
     common = "--arch airbench94 --optimizer muon --lr 0.24 --momentum 0.6 --scheduler linear"
-    common += " --augment reflect --epochs 2 --limit 256 --batch_size 16 --device cpu"
+    common += " --augment reflect --epochs 2 --limit 400 --batch_size 25 --device cpu"
     common = [*common.split(), "--data_dir", str(real_data)]
     teacher_script.main(teacher_script.parse_args([*common, "--init", "random"]))
     teacher = read_weights("teacher_cifar10_finetuned.pth")[1]["provenance"]
-    assert teacher["test_accuracy"] > 20
+    assert teacher["test_accuracy"] > 25
 
     fake = real_data / "cifake_train_fake"
     student_script.main(student_script.parse_args([*common, "--synthetic_data_dir", str(fake)]))
     student = read_weights("student_cifar10_kd.pth")[1]["provenance"]
-    assert student["test_accuracy"] > 16
+    assert student["test_accuracy"] > 20
     assert [row["epoch"] for row in metrics("runs/student-001")] == ["1", "2"]
     assert float(metrics("runs/student-001")[1]["train_agreement"]) > 50

@@ -282,8 +282,11 @@ def test_the_seed_decides_everything(workdir, demo_teacher):
             pytest.param(name, flags, marks=pytest.mark.slow)
             for name, flags in (
                 ("teacher", "--cutmix 1 --augment rrc_jitter --ema 0.9 --scheduler onecycle"),
-                ("student", "--cutmix 1 --augment rrc_jitter --ema 0.9 --scheduler cosine"),
-                ("student", "--hard_labels --mixup 0.4 --holdout 30"),
+                (
+                    "student",
+                    "--cutmix 1 --augment rrc_jitter --ema 0.9 --scheduler cosine --holdout 30",
+                ),
+                ("student", "--hard_labels --mixup 0.4"),
                 ("student", "--optimizer muon --augment reflect --scheduler linear --warmup 0.2"),
             )
         ),
@@ -465,7 +468,7 @@ def test_killed_runs_end_as_if_nothing_had_happened(monkeypatch, capsys):
         return Process("-c", code, REPOSITORY / script, *argv, cwd=folder, log=log)
 
     monkeypatch.setattr(kill_test, "start", start)
-    monkeypatch.setattr(kill_test, "SIZE", [*kill_test.SIZE, *SMALL_NETWORK, "--epochs", "4"])
+    monkeypatch.setattr(kill_test, "SIZE", [*kill_test.SIZE, *SMALL_NETWORK])
     kill_test.main(kill_test.parse_args(["--kills", "2", "--scripts", kill_test.SCRIPTS[1]]))
     assert "2 kills: " in (said := capsys.readouterr().out)
     assert "0 different, 0 unreadable files" in said
