@@ -76,7 +76,10 @@ class TrainStep:
         self.loss_fn, self.optimizer, self.amp, self.ema = loss_fn, optimizer, amp, ema
         self.device = optimizer.param_groups[0]["params"][0].device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == torch.float16)
-        if self.scaler.is_enabled():  # it mistakes the first skipped step for a missing one
+        if self.scaler.is_enabled():
+            # fused SGD would keep an uninitialised momentum, if the first step overflows
+            optimizer._step_supports_amp_scaling = False
+            # a scheduler mistakes the first skipped step for a missing one
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
         self.captures = (
             graph

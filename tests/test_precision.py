@@ -16,6 +16,7 @@ from optimizers import EMA, Muon
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9),
+    "fused sgd": lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9, fused=True),
     "adam": lambda parameters: torch.optim.Adam(parameters, 0.01),
     "muon": lambda parameters: Muon(parameters, 0.1, momentum=0.6),
 }
@@ -71,6 +72,22 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(optimizer, decay):
     factor.fill_(1)
     step(*batch(2))
     assert not torch.equal(model[0].weight, before[0]["0.weight"])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_first_step_that_overflows_leaves_nothing_behind(optimizer):
+    """Fused SGD would otherwise go on with a momentum of uninitialised memory."""
+    ends = {}
+    for overflows in (True, False):
+        model, _, _, factor, step = tiny(optimizer, torch.float16)
+        if overflows:
+            factor.fill_(torch.inf)
+            step(*batch(0))
+            factor.fill_(1)
+        for seed in (1, 2):
+            step(*batch(seed))
+        ends[overflows] = model.state_dict()
+    torch.testing.assert_close(ends[True], ends[False], rtol=1e-3, atol=1e-5)
 
 
 def test_the_scale_is_saved_and_restored():
@@ -186,3 +203,4 @@ def test_a_gpu_without_kernels_is_recognised():
     assert not has_kernels((7, 0), wheels)  # a V100 does not run what was built for sm_75
     assert has_kernels((12, 1), wheels)  # by PTX
     assert has_kernels((9, 0), ["sm_90a"])
+    assert has_kernels((9, 0), ["gfx900", "gfx90a"])  # AMD
