@@ -63,12 +63,13 @@ def has_kernels(capability: tuple[int, int], kernels: list[str]) -> bool:
     Machine code runs on later minor versions of its major version; PTX (compute_) on all later GPUs
     (https://docs.nvidia.com/cuda/cuda-c-programming-guide, section on compatibility).
     """
-    for build in kernels:
+    known = [build for build in kernels if build.startswith(("sm_", "compute_"))]
+    for build in known:
         kind, _, number = build.partition("_")
         version = divmod(int("".join(filter(str.isdigit, number))), 10)
         if version <= capability and (kind == "compute" or version[0] == capability[0]):
             return True
-    return not kernels  # nothing is known of a build for another kind of GPU
+    return not known  # nothing is known of a build for another kind of GPU, such as gfx90a
 
 
 def _autocast_dtype(device: torch.device, amp: str) -> torch.dtype | None:

@@ -1,5 +1,6 @@
 """Errors that a user can put right: one line on stderr and an exit code, without a traceback."""
 
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ import torch
 
 from experiment import parallel
 from experiment.streams import steady_output
+
+NO_MEMORY = "can't allocate memory|out of memory|ALLOC_FAILED"  # by CPUs, MPS and CUDA, cuBLAS
 
 
 class UserError(Exception):
@@ -35,6 +38,7 @@ def one_line_errors() -> Iterator[None]:
     with steady_output():
         try:
             yield
+            parallel.leave_process_group()
         except (UserError, OSError) as error:
             _exit(str(error))
         except (MemoryError, torch.OutOfMemoryError) as error:
@@ -44,7 +48,7 @@ def one_line_errors() -> Iterator[None]:
                 sys.stderr.write(f"\n{stop}\n")
             sys.exit(128 + stop.number)
         except RuntimeError as error:
-            if "can't allocate memory" in str(error):  # from the CPU's allocator
+            if re.search(NO_MEMORY, f"{error} {error.__context__}"):  # of a CUDA graph: the context
                 _exit_for_memory(error)
             if not parallel.is_lost_rank(error):
                 raise

@@ -250,7 +250,6 @@ def provenance(device: torch.device, amp: torch.dtype | None) -> dict:
     except (OSError, subprocess.CalledProcessError):  # no git here, or a copy without its history
         commit = None
     return {
-        "from_epoch": 1,
         "command": shlex.join([*parallel.launcher().split(), *sys.argv]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "git_commit": commit,

@@ -6,18 +6,19 @@ seeds; each trains on its slice of every batch, and gradients are averaged. Rank
 writes. With plain `python` there is one rank, and everything here is a no-op.
 """
 
-import atexit
 import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+TIMEOUT = timedelta(hours=1)  # for rank 0's downloads: torchrun notices a dead rank earlier
 TORCHRUN_SETS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -69,15 +70,15 @@ def init_process_group(device: torch.device) -> None:
     if world_size() == 1:
         return
     if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
     else:
-        dist.init_process_group("gloo")
-    atexit.register(_stop)
+        dist.init_process_group("gloo", timeout=TIMEOUT)
     if not is_rank_zero():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def _stop() -> None:
+def leave_process_group() -> None:
+    """Leave the other ranks, after success only: NCCL would wait for those that cannot answer."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

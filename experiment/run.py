@@ -95,7 +95,7 @@ class Run:
         self.folder, self.output = args.resume or args.run_dir, args.output
         if not parallel.is_rank_zero():
             return
-        part = self.part = provenance(device, amp)
+        part = self.part = {"from_epoch": 1, **provenance(device, amp)}
         if args.resume:
             self._open(must_match)
         else:
@@ -244,7 +244,10 @@ class Run:
     def _keep(self) -> None:
         """Copy the state, on its device, for the next write."""
         state = {key: part.state_dict() for key, part in self.state.items()}
-        last = {**self._checkpoint(), **cloned(state), "history": list(self.history)}
+        state = cloned(state)
+        if parallel.world_size() > 1:  # a GPU that waits for a lost rank gives nothing back
+            state = to_cpu(state)
+        last = {**self._checkpoint(), **state, "history": list(self.history)}
         self.pending["last.pt"] = last
         if self.metric and self.best is self.history[-1]:
             self.pending["best.pt"] = {**self._checkpoint(), "model": last["model"]}
@@ -328,4 +331,5 @@ class Run:
         raise Stopped(number, message)
 
     def _resume_command(self) -> str:
-        return f"{parallel.launcher()} {shlex.join([sys.argv[0], '--resume', str(self.folder)])}"
+        resume = [Path(sys.argv[0]).as_posix(), "--resume", self.folder.as_posix()]
+        return f"{parallel.launcher()} {shlex.join(resume)}"

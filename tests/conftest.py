@@ -18,6 +18,7 @@ import data
 import fine_tune_teacher_cifar10 as teacher_script
 import main_train_cifar10 as student_script
 from experiment.run import Run
+from experiment.signals import STOP_SIGNALS
 from models import read_weights
 from optimizers import build_scheduler
 
@@ -68,20 +69,24 @@ if [[ $1 == *variants.py ]]; then mkdir -p "${@: -1}"; touch "${@: -1}"/{1..50}.
 
 
 def started_by(workdir: Path, name: str, *argv: str) -> list[str]:
-    """The commands that scripts/NAME starts, with something in place of Python that notes them."""
+    """The commands that scripts/NAME starts, with something in place of Python that notes them.
+
+    It is started from another folder, with the data where a path has a space.
+    """
     (workdir / "scripts").symlink_to(REPOSITORY / "scripts")
     active = workdir / "active"  # a virtual environment
     python = active / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(STUB)
     python.chmod(0o755)
-    (workdir / "data" / "cifake_train_fake").mkdir(parents=True)
+    (workdir / "the data" / "cifake_train_fake").mkdir(parents=True)
     for path in REPOSITORY.glob("requirements*.txt"):
         (workdir / path.name).touch()
-    paths = {"LOG": workdir / "log", "DMKD_DATA": workdir / "data", "VIRTUAL_ENV": active}
+    paths = {"LOG": workdir / "log", "DMKD_DATA": workdir / "the data", "VIRTUAL_ENV": active}
     environment = {**os.environ, **{name: str(path) for name, path in paths.items()}}
-    shell = ["bash", f"{workdir}/scripts/{name}", *argv]
-    subprocess.run(shell, cwd=workdir, env=environment, capture_output=True)
+    subprocess.run(
+        ["bash", f"../scripts/{name}", *argv], cwd=active, env=environment, capture_output=True
+    )
     assert not Path(workdir, ".venv").exists()
     lines = (workdir / "log").read_text().splitlines()
     return [line for line in lines if not line.startswith("-m pip")]
@@ -149,8 +154,8 @@ def no_plots(request, monkeypatch) -> None:
 @pytest.fixture(autouse=True)
 def signals_of_a_terminal():
     """nohup ignores SIGHUP, and a script's background job SIGINT: the tests may be either."""
-    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    handlers[signal.SIGHUP] = signal.SIG_DFL
+    handlers = {number: signal.SIG_DFL for number in STOP_SIGNALS}
+    handlers[signal.SIGINT] = signal.default_int_handler
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
     for number, handler in before.items():
