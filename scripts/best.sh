@@ -8,15 +8,17 @@
 # recipe a TAG, such as _gpu. Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt
-source "$(dirname "$0")/once.sh"
+source scripts/once.sh # environment.sh has entered the repository
 experiment best
-recipe="--epochs ${EPOCHS:-600} --scheduler cosine --cutmix 1 --augment rrc_jitter ${RECIPE:-}"
+# shellcheck disable=SC2206
+recipe=("${both[@]}" --epochs "${EPOCHS:-600}" --scheduler cosine --cutmix 1 --augment rrc_jitter
+    ${RECIPE:-})
 
 # shellcheck disable=SC2086
 for seed in ${*:-0 1 2}; do
     once "$runs/teacher-$seed" fine_tune_teacher_cifar10.py --init random --seed "$seed" \
         --epochs "${TEACHER_EPOCHS:-200}" --optimizer sgd --nesterov --lr 0.1 --weight_decay 5e-4 \
-        --scheduler cosine ${RECIPE:-}
+        --scheduler cosine "${data[@]}" ${RECIPE:-}
     student student --teacher_weights "$runs/teacher-$seed.pth"
 done
 summary

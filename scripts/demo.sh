@@ -19,7 +19,7 @@ python plots.py "$demo/teacher" "$demo/student" "$demo/control" --output "$demo"
 
 last() { tail -n 1 "$demo/$1/metrics.csv" | cut -d, -f6; } # column 6: test_accuracy
 echo
-printf '%-42s %6.2f %%\n' \
+LC_ALL=C printf '%-42s %6.2f %%\n' \
     "student of an untrained teacher" "$(last control)" \
     "teacher, trained on real pictures" "$(last teacher)" \
     "student, trained on synthetic pictures" "$(last student)"

@@ -11,9 +11,12 @@ if [ ! -x "$environment/bin/python" ]; then
         echo "error: Python 3.10 or newer is needed; name one by PYTHON=/path/to/python3" >&2
         exit 1
     }
-    "${PYTHON:-python3}" -m venv "$environment"
+    "${PYTHON:-python3}" -m venv "$environment" || {
+        rm -f "$environment/bin/python" # half of one would pass for a whole one
+        exit 1
+    }
 fi
-installed=$environment/installed-$(cat requirements.txt "$requirements" | cksum | tr ' ' -)
+installed=$environment/installed-$(cat requirements*.txt "$requirements" | cksum | tr ' ' -)
 if [ ! -e "$installed" ]; then
     echo "installing $requirements into $environment (several GB, some minutes) ..."
     "$environment/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"

@@ -4,15 +4,13 @@
 #     bash scripts/fidelity.sh          the study; needs CIFAR-10, and CIFAKE for one more point
 #     bash scripts/fidelity.sh toy      the same commands at toy sizes, on a CPU, to check them
 #
-# DATA_DIR (default data) holds CIFAR-10. CIFAKE (default synthetic_data/cifake_train_fake) holds
-# CIFAKE's images. GUIDANCE, STEPS, SEEDS and COUNTS, lists in quotes, choose other points. Everything
-# goes to runs/fidelity/, and the table and the plot to results/fidelity/. Finished runs are skipped,
-# stopped ones are resumed.
+# DMKD_DATA is the folder of both data sets. GUIDANCE, STEPS, SEEDS and COUNTS, lists in quotes, choose
+# other points. Everything goes to runs/fidelity/, and the table and the plot to results/fidelity/.
+# Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements-generate.txt
-source "$(dirname "$0")/once.sh"
+source scripts/once.sh # environment.sh has entered the repository
 
-data=${DATA_DIR:-data} cifake=${CIFAKE:-synthetic_data/cifake_train_fake}
 if [ "${1:-}" = toy ]; then
     top=runs/fidelity-toy results=runs/fidelity-toy/results
     guidance=${GUIDANCE:-1 2} steps=${STEPS:-2} seeds=${SEEDS:-0} counts=${COUNTS:-20 40}
@@ -46,19 +44,19 @@ images() { # images NAME FLAGS...: a set of the generator, and its measures
 }
 measures() { # measures NAME FOLDER
     [ -e "$top/measures/$1/measures.json" ] || python synthetic_data/measure.py "$2" $measure \
-        --teacher_weights $top/expert.pth --data_dir "$data" --output "$top/measures/$1"
+        --teacher_weights $top/expert.pth "${data[@]}" --output "$top/measures/$1"
 }
 students() { # students NAME FOLDER TEACHER: one per seed
     for seed in $seeds; do
-        once "$top/students/$1/$3-$seed" main_train_cifar10.py --synthetic_data_dir "$2" --data_dir "$data" \
+        once "$top/students/$1/$3-$seed" main_train_cifar10.py --synthetic_data_dir "$2" "${data[@]}" \
             --teacher_weights $top/$3.pth --seed "$seed" $student
     done
 }
 
 echo "== a generator, and two teachers: an expert and a beginner"
-once $top/generator synthetic_data/train_diffusion.py --data_dir "$data" $generator
-once $top/expert fine_tune_teacher_cifar10.py --data_dir "$data" $expert
-once $top/beginner fine_tune_teacher_cifar10.py --data_dir "$data" $beginner
+once $top/generator synthetic_data/train_diffusion.py "${data[@]}" $generator
+once $top/expert fine_tune_teacher_cifar10.py "${data[@]}" $expert
+once $top/beginner fine_tune_teacher_cifar10.py "${data[@]}" $beginner
 
 echo "== students of the expert, by guidance and steps; CIFAKE is one more point"
 for g in $guidance; do
@@ -81,9 +79,10 @@ done
 echo "== students of the expert, by the number of images, with the same number of updates"
 images more --guidance_scale 2 --steps $larger_steps --per_class $larger
 for count in $counts; do
+    [ "$count" -ge $batch ] || { echo "error: COUNTS: $count are less than a batch of $batch" >&2 && exit 1; }
     epochs=$(((updates + count / batch - 1) / (count / batch)))
     for seed in $seeds; do
-        once "$top/counts/$count-$seed" main_train_cifar10.py --data_dir "$data" \
+        once "$top/counts/$count-$seed" main_train_cifar10.py "${data[@]}" \
             --synthetic_data_dir $top/images/more/images --teacher_weights $top/expert.pth \
             --seed "$seed" $student --epochs $epochs --limit "$count"
     done

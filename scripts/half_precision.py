@@ -6,7 +6,6 @@
 weights/README.md has: accuracy on the real test set, size and SHA-256.
 """
 
-import hashlib
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -14,12 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import TEST_BATCH_SIZE, DeviceLoader, load_cifar10
+from data import CLASSES, TEST_BATCH_SIZE, DeviceLoader, load_cifar10
 from engine import evaluate
 from experiment import flags
+from experiment.download import sha256
 from experiment.errors import UserError, one_line_errors
-from experiment.files import load, save
-from models import load_model
+from experiment.files import save
+from models import load_model, to_checkpoint
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -35,19 +35,17 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 def main(args: Namespace) -> None:
     if args.half.exists():
         raise UserError(f"{args.half} is there already")
-    checkpoint = load(args.file)
-    weights = {
-        key: value.half() if value.is_floating_point() else value
-        for key, value in checkpoint["model"].items()
-    }
+    checkpoint = to_checkpoint(load_model(args.file, classes=list(CLASSES)), CLASSES)
+    for key, value in checkpoint["model"].items():
+        if value.is_floating_point():
+            checkpoint["model"][key] = value.half()
     args.half.parent.mkdir(parents=True, exist_ok=True)
-    named = {key: checkpoint[key] for key in ("arch", "stem", "num_classes", "classes")}
-    save(args.half, {**named, "model": weights})
+    save(args.half, checkpoint)
     loader = DeviceLoader(load_cifar10(args.data_dir, train=False), TEST_BATCH_SIZE, "cpu", False)
     for path in (args.file, args.half):
         accuracy = evaluate(load_model(path), loader)["accuracy"]
-        size, digest = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
-        print(f"{path}: {accuracy:.2f} %, {size / 1e6:.1f} MB, SHA-256 {digest}")
+        size = path.stat().st_size / 1e6
+        print(f"{path}: {accuracy:.2f} %, {size:.1f} MB, SHA-256 {sha256(path)}")
 
 
 if __name__ == "__main__":

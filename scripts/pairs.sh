@@ -8,14 +8,16 @@
 # results/pairs$TAG/. Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt
-source "$(dirname "$0")/once.sh"
+source scripts/once.sh # environment.sh has entered the repository
 experiment pairs
 teacher=${TEACHER:---epochs 200 --optimizer sgd --nesterov --lr 0.1 --weight_decay 5e-4 --scheduler cosine}
-recipe=${STUDENT:---epochs 400 --scheduler cosine --cutmix 1 --augment rrc_jitter}
+# shellcheck disable=SC2206
+recipe=("${both[@]}" ${STUDENT:---epochs 400 --scheduler cosine --cutmix 1 --augment rrc_jitter})
 
 pair() { # pair TEACHER STUDENT
     # shellcheck disable=SC2086
-    once "$runs/$1-0" fine_tune_teacher_cifar10.py --arch "$1" --init random $teacher
+    once "$runs/$1-0" fine_tune_teacher_cifar10.py --arch "$1" --init random \
+        "${data[@]}" $teacher
     student "$1_to_$2" --arch "$2" --teacher_weights "$runs/$1-0.pth"
 }
 

@@ -8,9 +8,12 @@ guidance, and over the number of images. Accuracies are the last epoch's.
 """
 
 import csv
+import io
 import json
 import statistics
 import sys
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -18,8 +21,17 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from experiment import flags
 from experiment.errors import UserError, one_line_errors
+from experiment.files import atomic_write
 from plots import read_metrics
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    parser = flags.Parser(__doc__, "RUNS RESULTS")
+    parser.add_argument("runs", type=Path, metavar="RUNS", help="the folder of all its runs")
+    parser.add_argument("output", type=Path, metavar="RESULTS", help="a folder, new or not")
+    return parser.parse_args(argv)
 
 
 def last_accuracy(folder: Path) -> float:
@@ -72,26 +84,29 @@ def over_seeds(rows: list[dict], *keys: str) -> list[tuple[dict, float, float]]:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
 
 
-def write_table(path: Path, groups: list[tuple[dict, float, float]]) -> None:
-    with open(path, "w") as file:
-        file.write(
-            "| images | guidance | steps | expert's accuracy on them | its confidence | FID "
-            "| teacher | student | n |\n|---|---|---|---|---|---|---|---|---|\n"
+def table(groups: list[tuple[dict, float, float]]) -> str:
+    lines = [
+        "| images | guidance | steps | expert's accuracy on them | its confidence | FID "
+        "| teacher | student | n |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row, mean, spread in groups:
+        accuracy = f"{mean:.2f} ± {spread:.2f}" if row["n"] > 1 else f"{mean:.2f}"
+        fid = "" if row["fid"] is None else f"{row['fid']:.2f}"
+        lines.append(
+            f"| {row['images']} | {row['guidance'] or ''} | {row['steps'] or ''} "
+            f"| {row['teacher_accuracy']:.2f} | {row['confidence']:.2f} | {fid} "
+            f"| {row['teacher']} | {accuracy} | {row['n']} |"
         )
-        for row, mean, spread in groups:
-            accuracy = f"{mean:.2f} ± {spread:.2f}" if row["n"] > 1 else f"{mean:.2f}"
-            fid = "" if row["fid"] is None else f"{row['fid']:.2f}"
-            file.write(
-                f"| {row['images']} | {row['guidance'] or ''} | {row['steps'] or ''} "
-                f"| {row['teacher_accuracy']:.2f} | {row['confidence']:.2f} | {fid} "
-                f"| {row['teacher']} | {accuracy} | {row['n']} |\n"
-            )
+    return "\n".join(lines) + "\n"
 
 
 def draw(students: list[tuple[dict, float, float]], counts: list, path: Path) -> None:
@@ -115,9 +130,10 @@ def draw(students: list[tuple[dict, float, float]], counts: list, path: Path) ->
     for axes in (fidelity, guidance, number):
         axes.set_ylabel("student on the real test set, percent")
         axes.grid(alpha=0.3)
-    guidance.legend()
-    number.legend()
-    figure.savefig(path, dpi=120)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def curve(axes: Axes, groups: list[tuple[dict, float, float]], key: str, label: str) -> None:
@@ -125,22 +141,22 @@ def curve(axes: Axes, groups: list[tuple[dict, float, float]], key: str, label: 
     axes.errorbar(*zip(*points, strict=True), fmt="o-", capsize=3, label=label)
 
 
-def main(top: Path, output: Path) -> None:
+def main(args: Namespace) -> None:
+    top, output = args.runs, args.output
     students, counts = read_students(top), read_counts(top)
     if not students:
         raise UserError(f"no student in {top} is finished yet")
     output.mkdir(parents=True, exist_ok=True)
     groups = over_seeds(students, "images", "teacher")
     write_csv(output / "fidelity.csv", students)
-    write_table(output / "table.md", groups)
+    with atomic_write(output / "table.md") as file:
+        file.write(table(groups).encode())
     if counts:
         write_csv(output / "counts.csv", counts)
     draw(groups, over_seeds(counts, "images"), output / "fidelity.png")
-    print((output / "table.md").read_text())
+    print(table(groups))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(f"usage: python {sys.argv[0]} runs/fidelity results/fidelity")
     with one_line_errors():
-        main(Path(sys.argv[1]), Path(sys.argv[2]))
+        main(parse_args())

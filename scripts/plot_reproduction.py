@@ -7,12 +7,15 @@ Writes over_the_published_curve.png beside the folders.
 
 import csv
 import sys
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from experiment import flags
 from experiment.errors import one_line_errors
 from experiment.files import atomic_write
 from plots import read_metrics
@@ -22,7 +25,13 @@ PUBLISHED = RESULTS / "published" / "published_student_curve.csv"
 PICTURE = "over_the_published_curve.png"
 
 
-def main(folders: list[str]) -> None:
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    parser = flags.Parser(__doc__, "RUN [RUN ...]")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a student's folder")
+    return parser.parse_args(argv)
+
+
+def main(args: Namespace) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     with open(PUBLISHED, newline="") as file:
@@ -31,19 +40,17 @@ def main(folders: list[str]) -> None:
     accuracy = [float(row["test_accuracy_percent"]) for row in rows]
     label = f"published, teacher of unknown test accuracy: last {accuracy[-1]:.2f} %"
     axes.plot(epochs, accuracy, ".-", color="0.6", label=label)
-    for folder in map(Path, folders):
+    for folder in args.runs:
         metrics = read_metrics(folder)
         label = f"ours, {folder.name}: last {metrics['test_accuracy'][-1]:.2f} %"
         axes.plot(metrics["epoch"], metrics["test_accuracy"], ".-", label=label)
     axes.set(title="Student on the real test set", xlabel="epoch", ylabel="percent")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    with atomic_write(Path(folders[0]).parent / PICTURE) as file:
+    with atomic_write(args.runs[0].parent / PICTURE) as file:
         figure.savefig(file, format="png", dpi=120)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(f"usage: python {sys.argv[0]} RUN [RUN ...]")
     with one_line_errors():
-        main(sys.argv[1:])
+        main(parse_args())

@@ -3,20 +3,20 @@
 #
 #     bash scripts/reproduce.sh [START [SEED ...]]     START: imagenet, random or a weight file
 #
-# Needs the data (README, "The experiment"). Each seed has a teacher and a student, in
+# Needs the data (README, "Install"). Each seed has a teacher and a student, in
 # runs/reproduction$TAG/; the table goes to results/reproduction$TAG/. Finished runs are skipped,
 # stopped ones are resumed.
 set -euo pipefail
 start=${1:-imagenet}
 shift || true
 source "$(dirname "$0")/environment.sh" requirements.txt
-source "$(dirname "$0")/once.sh"
+source scripts/once.sh # environment.sh has entered the repository
 experiment reproduction
-recipe="--epochs 50 --lr 0.05 --batch_size 128 --stem imagenet"
+recipe=("${both[@]}" --epochs 50 --lr 0.05 --batch_size 128 --stem imagenet)
 
-name=$(basename "${start%.*}")
+name=$(basename "$start") && name=${name%.*}
 for seed in ${*:-0 1 2}; do
-    once "$runs/teacher-$name-$seed" fine_tune_teacher_cifar10.py \
+    once "$runs/teacher-$name-$seed" fine_tune_teacher_cifar10.py "${data[@]}" \
         --epochs 15 --lr 0.001 --batch_size 128 --stem imagenet --init "$start" --seed "$seed"
     student "student-$name" --teacher_weights "$runs/teacher-$name-$seed.pth"
 done

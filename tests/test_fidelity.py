@@ -31,7 +31,7 @@ def test_table_and_plot(workdir):
     config = {"args": {"guidance_scale": 1.5, "steps": 10}}
     (top / "images" / "g1.5-s10" / "config.json").write_text(json.dumps(config))
     student(top / "counts", "1000-0", 60)
-    plot_fidelity.main(top, Path("out"))
+    plot_fidelity.main(plot_fidelity.parse_args(["fidelity", "out"]))
     table = Path("out/table.md").read_text()
     assert "| g1.5-s10 | 1.5 | 10 | 91.50 | 80.25 |  | expert | 72.00 ± 2.83 | 2 |" in table
     assert "| cifake |  |  | 91.50 | 80.25 |  | expert | 72.00 ± 2.83 | 2 |" in table
@@ -43,5 +43,5 @@ def test_table_and_plot(workdir):
 def test_nothing_is_drawn_before_a_student_is_finished(workdir):
     Path("fidelity").mkdir()
     with pytest.raises(UserError, match="no student in fidelity is finished yet"):
-        plot_fidelity.main(Path("fidelity"), Path("out"))
+        plot_fidelity.main(plot_fidelity.parse_args(["fidelity", "out"]))
     assert not Path("out").exists()
