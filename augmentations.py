@@ -74,12 +74,22 @@ def resized_crop_and_jitter(images: Tensor, box: Tensor, flip: Tensor, factors: 
     images: uint8 (B, 3, H, W); box: (B, 4), width, height and centre of the crop in an image that
     spans -1 to 1; flip: bool (B,); factors: (B, 3), see `jitter`. Float32 from 0 to 255.
     """
-    width, height, x, y = box.unbind(1)
-    zero = torch.zeros_like(x)
-    rows = [torch.where(flip, -width, width), zero, x, zero, height, y]
-    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(images.shape), False)
-    parts = F.grid_sample(images.float(), grid, "bilinear", "border", align_corners=False)
+    width, height, x, y = box[:, :, None].unbind(1)  # each (B, 1)
+    width = torch.where(flip[:, None], -width, width)
+    rows, columns = (
+        (middle + size * _centres(n, images.device)).clamp(1 / n - 1, 1 - 1 / n)  # (B, n)
+        for middle, size, n in zip((y, x), (height, width), images.shape[2:], strict=True)
+    )
+    grid = torch.stack(  # (B, H, W, 2)
+        torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), dim=3
+    )
+    parts = F.grid_sample(images.float(), grid, align_corners=False)
     return jitter(parts, factors)
+
+
+def _centres(n: int, device: torch.device) -> Tensor:
+    """Where the pixels of a side lie, from -1 to 1: float32 (n,)."""
+    return (2 * torch.arange(n, device=device) + 1) / n - 1
 
 
 def jitter(images: Tensor, factors: Tensor) -> Tensor:
