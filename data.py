@@ -192,7 +192,7 @@ def load_cifake(
     file is an error or, with `skip_bad_images`, is left out, counted and reported. Errors:
     UserError that names the file.
     """
-    names = _visible(folder)
+    names = visible(folder)
     if not names:
         raise UserError(
             f"there are no synthetic images in {folder}: {BY_HAND} {folder}; or `pip install "
@@ -229,14 +229,14 @@ def load_class_folders(
 
     For synthetic images of CIFAR-100. Errors: UserError that names the file or the folder.
     """
-    for name in sorted({*classes, *_visible(folder)}):
-        if name not in classes or not _visible(Path(folder, name)):
+    for name in sorted({*classes, *visible(folder)}):
+        if name not in classes or not visible(Path(folder, name)):
             rule = "every class needs a folder with images, and nothing else belongs there"
             raise UserError(f"{Path(folder, name)}: {rule}")
     files = [
         (Path(folder, name, image), label)
         for label, name in enumerate(classes)
-        for image in _visible(Path(folder, name))
+        for image in visible(Path(folder, name))
     ]
     count = min(limit or len(files), len(files))
     chosen = [files[i] for i in np.linspace(0, len(files) - 1, count).round().astype(int)]
@@ -244,7 +244,7 @@ def load_class_folders(
     return ImageSet(images, torch.tensor([label for _, label in chosen]), classes)
 
 
-def _visible(folder: str | Path) -> list[str]:
+def visible(folder: str | Path) -> list[str]:
     """The names in a folder without hidden ones, sorted; none if there is no such folder."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted(name for name in names if not name.startswith("."))

@@ -141,12 +141,13 @@ def load_model(path: str | Path, **expected: int | list[str]) -> nn.Module:
     """Rebuild the network of a weight file, on the CPU and in eval mode.
 
     Our checkpoints name their network; any other is recognised by the shapes of its tensors.
-    `expected` holds the `num_classes` or the `classes` that the file has to have, if it names them.
+    `expected` holds the `stem`, `num_classes` or `classes` that the file has to have, if it names
+    them.
     Errors: UserError.
     """
     weights, said = read_weights(path)
     if "stem" not in said:
-        said = _recognise(weights, path)
+        said = _recognise(weights, path, expected.get("stem"))
     spec = arch, stem, num_classes = [said.get(key) for key in ("arch", "stem", "num_classes")]
     known = arch in ARCHITECTURES and stem in STEMS and isinstance(num_classes, int)
     if not known or not 0 < num_classes < 10**5:
@@ -159,14 +160,16 @@ def load_model(path: str | Path, **expected: int | list[str]) -> nn.Module:
     return model.eval()
 
 
-def _recognise(weights: dict[str, Tensor], path: str | Path) -> dict:
+def _recognise(weights: dict[str, Tensor], path: str | Path, expected: str | None) -> dict:
     """The first network in ARCHITECTURES that a state dict fits. Errors: UserError.
 
-    MobileNetV2 and ShuffleNetV2 have the same shapes with either stem: the CIFAR one is taken.
+    MobileNetV2 and ShuffleNetV2 have the same shapes with either stem: the `expected` one is taken,
+    or the CIFAR one.
     """
+    stems = sorted(STEMS, key=lambda stem: stem != expected)
     heads = [len(w) for key, w in weights.items() if key.startswith(HEADS) and w.ndim == 2]
     for arch in ARCHITECTURES if heads else ():
-        for stem in STEMS if arch in CIFAR_STEMS else ("cifar",):
+        for stem in stems if arch in CIFAR_STEMS else ("cifar",):
             with torch.device("meta"):  # no memory, and no random numbers are drawn
                 model = build_model(arch, stem, heads[-1])
             with suppress(UserError):

@@ -42,6 +42,8 @@ def opened(path: str) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings(), Image.open(path, formats=("JPEG", "PNG")) as picture:
             warnings.simplefilter("ignore")  # what Pillow warns of is refused, or harmless
+            if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:  # before they are decoded
+                raise ValueError("too many pixels")
             if picture.mode.startswith(("I", "F")) or "16" in str(picture.tile):
                 raise ValueError("it does not have 8 bits a channel")
             yield picture

@@ -11,6 +11,7 @@ last epoch's student goes to student_imagenet_kd.pth. Plots, metrics.csv and che
 runs/imagenet-001. imagenet/README.md describes the data and estimates the cost.
 """
 
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -92,7 +93,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         type=flags.int_in(0, 1024),
         default=8,
         metavar="N",
-        help="processes that decode images, for each GPU; no effect on results [%(default)s]",
+        help="processes that decode training images, and as many again for test images, for each "
+        "GPU; no effect on results [%(default)s]",
     )
     add = parser.add_argument_group("student").add_argument
     add(
@@ -138,7 +140,10 @@ def main(args: Namespace) -> None:
     with parallel.rank_zero_first():
         teacher, teacher_sha256, files = load_teacher(args)
     teacher = teacher.to(device).eval().requires_grad_(False)
-    accuracy = evaluate(teacher, test_loader)["accuracy"]
+    teacher_test = evaluate(teacher, test_loader)
+    if not math.isfinite(teacher_test["loss"]):
+        raise UserError("the teacher's outputs on the real test images are not finite")
+    accuracy = teacher_test["accuracy"]
     print(f"teacher: {accuracy:.2f} % on {len(test_files):,} real test images", flush=True)
     cast_weights_(teacher, amp)
     optimizer = build_optimizer(student, args)

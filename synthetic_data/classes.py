@@ -86,6 +86,8 @@ def _category(name: str, prompts: str = "", imagenet: str = "", *more: str) -> C
     if not all(number.isdecimal() and int(number) < 1000 for number in numbers):
         raise ValueError(f"{imagenet!r} are no ImageNet classes: numbers from 0 to 999")
     ways = tuple(part.strip() for part in prompts.split(";")) if prompts else (_ask(name),)
+    if not all(ways):
+        raise ValueError("an empty prompt")
     return Category(name, name, ways, tuple(map(int, numbers)))
 
 

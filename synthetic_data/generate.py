@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiment import flags, parallel
 from experiment.device import pick_device
+from experiment.download import sha256
 from experiment.errors import Stopped, UserError, one_line_errors
 from experiment.folder import provenance
 from experiment.signals import StopSignals
@@ -151,7 +152,6 @@ def main(args: Namespace) -> None:
     categories, checksums = load_categories(args, model)
     plan, images = Plan(categories, args, model), args.output / "images"
     part = provenance(device, None if dtype == torch.float32 else dtype)
-    del part["from_epoch"]  # nothing is trained
     if args.overwrite:
         if world_size > 1:
             raise UserError(f"--overwrite is for one process: delete {args.output} yourself")
@@ -163,11 +163,15 @@ def main(args: Namespace) -> None:
     size = 1 if device.type == "cpu" else args.batch_size
     batches = [range(i, min(i + size, len(plan))) for i in range(0, len(plan), size)]
     done = existing(images)
-    todo = [b for b in batches[rank::world_size] if not done.issuperset(map(plan.file, b))]
+
+    def is_left(batch: range) -> bool:
+        return not done.issuperset(map(plan.file, batch))
+
+    todo = list(filter(is_left, batches[rank::world_size]))
     with stopping(args):
+        if done and rank == 0 and any(map(is_left, batches)):
+            add_part(args.output, part)
         if todo:
-            if done and rank == 0:
-                add_part(args.output, part)
             pipeline = local if args.pipeline == "local" else from_hub
             make(plan, todo, pipeline(plan, device, dtype), rank)
         if existing(images).issuperset(map(plan.file, range(len(plan)))):  # the last process
@@ -189,12 +193,12 @@ def pick_device_and_dtype(args: Namespace) -> tuple[torch.device, torch.dtype]:
 
 def load_categories(args: Namespace, model: str) -> tuple[list[Category], dict]:
     """The classes, and the checksums that a resumed set has to match: theirs and the model's."""
-    sha256 = None
+    model_sha256 = None
     if args.pipeline == "local":
         if not Path(model).is_file():
             raise UserError(f"no model at {model}: synthetic_data/train_diffusion.py makes one")
         categories = named(diffusion.load_unet(model)[1])
-        sha256 = hashlib.sha256(Path(model).read_bytes()).hexdigest()
+        model_sha256 = sha256(model)
         if args.classes:
             names = [category.name for category in categories]
             if [category.name for category in load_classes(args.classes)] != names:
@@ -208,7 +212,7 @@ def load_categories(args: Namespace, model: str) -> tuple[list[Category], dict]:
                 "synthetic_data/README.md"
             )
     classes = hashlib.sha256(repr(categories).encode()).hexdigest()
-    return categories, {"model_sha256": sha256, "classes_sha256": classes}
+    return categories, {"model_sha256": model_sha256, "classes_sha256": classes}
 
 
 @contextmanager

@@ -114,7 +114,8 @@ def main(args: Namespace) -> None:
 
     # the run: config.json, metrics.csv, checkpoints and plots in runs/diffusion-001
     step = TrainStep(loss_fn, optimizer, amp, ema, graph=not args.no_cuda_graph)
-    state = dict(model=ema.model, trained=unet, ema=ema, optimizer=optimizer, scheduler=scheduler)
+    state = dict(model=ema.model, trained=unet, ema=ema, step=step)
+    state |= dict(optimizer=optimizer, scheduler=scheduler)
     about = diffusion.describe(unet, train_set.classes)
     must_match = {"train_images": len(train_set), "test_images": len(test_set)}
     with Run(args, "diffusion", state, about, device, amp, must_match, plot_run, None) as run:

@@ -5,8 +5,9 @@
     python synthetic_data/variants.py jpeg --quality 5 runs/variants/jpeg
 
 `main_train_cifar10.py --synthetic_data_dir FOLDER` trains a student on one. Its images depend only
-on these flags: random choices use seed 0. The folder appears when it is complete, and is never
-changed afterwards.
+on these flags (and, where two classes are nearly as likely, on the device that the teacher runs
+on): random choices use seed 0. The folder appears when it is complete, and is never changed
+afterwards.
 
     subset     --count images
     disputed   all images for which the teacher predicts another class than the intended one
@@ -30,7 +31,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import TEST_BATCH_SIZE, DeviceLoader, ImageSet, load_cifake
+from data import TEST_BATCH_SIZE, DeviceLoader, ImageSet, load_cifake, visible
 from engine import predict
 from experiment import flags
 from experiment.device import pick_device
@@ -95,8 +96,7 @@ def main(args: Namespace) -> None:
     if args.synthetic_data_dir.resolve() in args.folder.resolve().parents:
         raise UserError(f"{args.folder} is among the images to choose from: name another folder")
     images = load_cifake(args.synthetic_data_dir)
-    listed = args.synthetic_data_dir.iterdir()
-    files = sorted(path for path in listed if not path.name.startswith("."))  # as `images` has them
+    files = [args.synthetic_data_dir / name for name in visible(args.synthetic_data_dir)]
     chosen = torch.arange(len(images)) if args.kind in SPOILT else choose(images, args)
     if len(chosen) == 0:
         raise UserError("the teacher disputes none of the images")

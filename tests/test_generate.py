@@ -370,6 +370,7 @@ CLASS_FILES = [
     (b"cat\n.hidden\n", "line 2: '.hidden' cannot be the name of a folder"),
     (b"cat\n\ncat\n", "classes.csv, line 3: class cat comes twice"),
     (b"cat, a cat, 1000\n", "line 1: '1000' are no ImageNet classes: numbers from 0 to 999"),
+    (b"cat, a cat; \n", "line 1: an empty prompt"),
     (b"cat, a cat, tabby\n", "line 1: 'tabby' are no ImageNet classes"),
     (b"\xff\xfe\n", "classes.csv is not a text file in UTF-8"),
     (b"cat\n", "class cat has no ImageNet number"),

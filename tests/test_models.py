@@ -205,6 +205,12 @@ def test_another_network_than_expected_is_named(expected, message, tmp_path):
         load_model(path, **expected)
 
 
+def test_the_expected_stem_is_taken_where_the_shapes_do_not_tell(tmp_path):
+    torch.save(build_model("shufflenet_v2_x1_0", "imagenet").state_dict(), tmp_path / "bare.pth")
+    for stem in ("imagenet", "cifar"):
+        assert load_model(tmp_path / "bare.pth", stem=stem).spec["stem"] == stem
+
+
 def test_a_bare_state_dict_of_another_number_of_classes_is_named(tmp_path):
     torch.save(STATE, tmp_path / "bare.pth")
     with pytest.raises(UserError, match=r"bare.pth: expected num_classes 10, found 7"):
