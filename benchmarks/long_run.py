@@ -50,8 +50,10 @@ def main(args: Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         before = Path.cwd()
         os.chdir(folder)
-        student_script.main(student_script.parse_args([*argv.split(), "--device", "cpu"]))
-        os.chdir(before)
+        try:
+            student_script.main(student_script.parse_args([*argv.split(), "--device", "cpu"]))
+        finally:
+            os.chdir(before)
 
 
 if __name__ == "__main__":
