@@ -18,8 +18,6 @@ from data import DeviceLoader
 from experiment import parallel
 from optimizers import EMA
 
-LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """T^2 * KL(softmax(teacher / T) || softmax(student / T)), the mean over the batch.
@@ -67,7 +65,7 @@ class TrainStep:
 
     def __init__(
         self,
-        loss_fn: LossFn,
+        loss_fn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
         optimizer: Optimizer,
         amp: torch.dtype | None = None,
         ema: EMA | None = None,
@@ -81,12 +79,8 @@ class TrainStep:
             optimizer._step_supports_amp_scaling = False
             # a scheduler mistakes the first skipped step for a missing one
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-        self.captures = (
-            graph
-            and self.device.type == "cuda"
-            and parallel.world_size() == 1
-            and not self.scaler.is_enabled()
-        )
+        one_gpu = self.device.type == "cuda" and parallel.world_size() == 1
+        self.captures = graph and one_gpu and not self.scaler.is_enabled()
         # one for all warm-up steps: memory that is freed on a stream stays with it
         self.stream = torch.cuda.Stream(self.device) if self.captures else None
         self.graph: torch.cuda.CUDAGraph | None = None

@@ -23,47 +23,38 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` leaves i
 from augmentations import AUGMENTATIONS
 from data import REAL_SETS, TEST_BATCH_SIZE, DeviceLoader, normalize
 from engine import TrainStep, evaluate, label_loss, predict, train_one_epoch
-from experiment import flags, parallel
+from experiment import flags, folder, parallel
 from experiment.device import pick_device, seed_everything
 from experiment.download import local_file, sha256
 from experiment.errors import one_line_errors
-from experiment.folder import is_new
-from experiment.folder import parse_args as parse_run_args
 from experiment.run import Run
-from models import ARCHITECTURES, STEMS, build_model, describe, init_from, whiten
-from networks.airbench import WHITENING_IMAGES
+from models import ARCHITECTURES, STEMS, build_model, describe, init_from
+from networks.airbench import WHITENING_IMAGES, Airbench
 from optimizers import EMA, build_optimizer, build_scheduler
 from plots import plot_run, save_predictions
 from synthetic_data.demo_images import load_demo
 
 # The published recipe, and what --demo changes.
-RECIPE = dict(
-    epochs=15, batch_size=128, optimizer="adam", lr=1e-3, weight_decay=0.0, scheduler="none"
-)
+RECIPE = dict(epochs=15, batch_size=128, optimizer="adam", lr=1e-3, weight_decay=0.0)
+RECIPE |= dict(scheduler="none")
+DEMO = dict(epochs=8, init="random", stem="imagenet", scheduler="onecycle")
+DEMO |= dict(output=Path("runs/demo/teacher_cifar10_finetuned.pth"))
 INITS = ("imagenet", "random")
-DEMO = dict(
-    epochs=8,
-    init="random",
-    stem="imagenet",
-    scheduler="onecycle",
-    output=Path("runs/demo/teacher_cifar10_finetuned.pth"),
-)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = flags.Parser(__doc__)
     flags.add_data_flags(parser, DEMO)
-    flags.add_model_flags(parser, ARCHITECTURES, STEMS).add_argument(
-        "--init",
-        default="imagenet",
-        metavar="START",
+    add = flags.add_model_flags(parser, ARCHITECTURES, STEMS).add_argument
+    # fmt: off
+    add("--init", default="imagenet", metavar="START",
         help="imagenet: torchvision's IMAGENET1K_V1; random; or the path or URL of a weight file "
-        "(URL#sha256=HEX is checked) [%(default)s]",
-    )
+        "(URL#sha256=HEX is checked) [%(default)s]")
+    # fmt: on
     flags.add_optimisation_flags(parser, RECIPE)
-    flags.add_augmentation_flags(parser, tuple(AUGMENTATIONS))
+    flags.add_augmentation_flags(parser, AUGMENTATIONS)
     flags.add_run_flags(parser, "teacher", "teacher_cifar10_finetuned.pth")
-    return parse_run_args(parser, argv, "teacher", DEMO)
+    return folder.parse_args(parser, argv, "teacher", DEMO)
 
 
 def main(args: Namespace) -> None:
@@ -86,14 +77,14 @@ def main(args: Namespace) -> None:
     seed_everything(args.seed)
     teacher = build_model(args.arch, args.stem, len(test_set.classes))
     extra = {}
-    if is_new(args):
+    if folder.is_new(args):
         with parallel.rank_zero_first():
             start = args.init if args.init in INITS else local_file(args.init)
             print(f"start: {init_from(teacher, start)}", flush=True)
             if args.init not in INITS:
                 extra["init_sha256"] = sha256(start)
-        if args.init == "random":
-            whiten(teacher, normalize(train_set.images[:WHITENING_IMAGES]))
+        if args.init == "random" and isinstance(teacher, Airbench):
+            teacher.whiten(normalize(train_set.images[:WHITENING_IMAGES]))
     teacher.to(device)
     distributed = parallel.distribute(teacher, args.sync_bn)  # `teacher` itself without torchrun
     optimizer = build_optimizer(teacher, args)

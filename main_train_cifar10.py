@@ -22,19 +22,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` leaves it out
 
+import data
+import models
 from augmentations import AUGMENTATIONS
-from data import (
-    REAL_SETS,
-    TEST_BATCH_SIZE,
-    DeviceLoader,
-    ImageSet,
-    download_cifake,
-    load_cifake,
-    load_class_folders,
-    load_noise,
-    normalize,
-    with_shifted_copies,
-)
 from engine import (
     TrainStep,
     compare,
@@ -45,107 +35,57 @@ from engine import (
     score,
     train_one_epoch,
 )
-from experiment import flags, parallel
+from experiment import flags, folder, parallel
 from experiment.device import pick_device, seed_everything
 from experiment.download import local_file, sha256
 from experiment.errors import UserError, one_line_errors
-from experiment.folder import is_new
-from experiment.folder import parse_args as parse_run_args
 from experiment.run import Run
-from models import (
-    ARCHITECTURES,
-    STEMS,
-    Ensemble,
-    build_model,
-    cast_weights_,
-    checksum,
-    describe,
-    load_model,
-    whiten,
-)
-from networks.airbench import WHITENING_IMAGES
+from networks.airbench import WHITENING_IMAGES, Airbench
 from optimizers import EMA, build_optimizer, build_scheduler
 from plots import plot_run, save_predictions
 from synthetic_data.demo_images import load_demo
 
 # The published recipe, and what --demo changes.
-RECIPE = dict(
-    epochs=50,
-    batch_size=128,
-    optimizer="sgd",
-    lr=0.05,
-    momentum=0.9,
-    weight_decay=5e-4,
-    scheduler="multistep",
-    milestones=[0.5, 0.8],
-    gamma=0.1,
-)
-DEMO = dict(
-    epochs=8,
-    stem="imagenet",
-    teacher_weights=["runs/demo/teacher_cifar10_finetuned.pth"],
-    output=Path("runs/demo/student_cifar10_kd.pth"),
-)
+RECIPE = dict(epochs=50, batch_size=128, optimizer="sgd", lr=0.05, momentum=0.9, weight_decay=5e-4)
+RECIPE |= dict(scheduler="multistep", milestones=[0.5, 0.8], gamma=0.1)
+DEMO = dict(epochs=8, stem="imagenet", teacher_weights=["runs/demo/teacher_cifar10_finetuned.pth"])
+DEMO |= dict(output=Path("runs/demo/student_cifar10_kd.pth"))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = flags.Parser(__doc__)
     add = flags.add_data_flags(parser, DEMO).add_argument
-    add(
-        "--synthetic_data_dir",
-        type=Path,
-        default=Path("synthetic_data/cifake_train_fake"),
-        metavar="DIR",
-        help="the images of CIFAKE's train/FAKE, or others named like them; for CIFAR-100, one "
-        "folder per class [%(default)s]",
-    )
-    add(
-        "--download_synthetic",
-        action="store_true",
-        help="first download CIFAKE to --synthetic_data_dir, with the optional package kagglehub",
-    )
-    add(
-        "--skip_bad_images",
-        action="store_true",
-        help="leave out and count CIFAKE images that cannot be used, instead of stopping",
-    )
-    add(
-        "--holdout",
-        type=flags.int_in(0, 10**9),
-        default=0,
-        metavar="N",
+    # fmt: off
+    add("--synthetic_data_dir", type=Path, default=Path("synthetic_data/cifake_train_fake"),
+        metavar="DIR", help="the images of CIFAKE's train/FAKE, or others named like them; for "
+        "CIFAR-100, one folder per class [%(default)s]")
+    add("--download_synthetic", action="store_true",
+        help="first download CIFAKE to --synthetic_data_dir, with the optional package kagglehub")
+    add("--skip_bad_images", action="store_true",
+        help="leave out and count CIFAKE images that cannot be used, instead of stopping")
+    add("--holdout", type=flags.int_in(0, 10**9), default=0, metavar="N",
         help="hold N training images out, to choose a recipe by the student's agreement with the "
-        "teacher on them and on shifted copies of them [%(default)s]",
-    )
-    flags.add_model_flags(parser, ARCHITECTURES, STEMS)
+        "teacher on them and on shifted copies of them [%(default)s]")
+    flags.add_model_flags(parser, models.ARCHITECTURES, models.STEMS)
     flags.add_optimisation_flags(parser, RECIPE)
-    flags.add_augmentation_flags(parser, tuple(AUGMENTATIONS))
+    flags.add_augmentation_flags(parser, AUGMENTATIONS)
     add = parser.add_argument_group("distillation").add_argument
-    add(
-        "--teacher_weights",
-        "--teacher_weights_path",
-        nargs="+",
+    add("--teacher_weights", "--teacher_weights_path", nargs="+", metavar="FILE",
         default=["teacher_cifar10_finetuned.pth"],
-        metavar="FILE",
         help="the teacher's file or URL (URL#sha256=HEX is checked); several form an ensemble: "
         "the student matches the mean of their logits; random is an untrained network, a control "
-        "[teacher_cifar10_finetuned.pth]",
-    )
-    flags.add_temperature_flag(add)
+        "[teacher_cifar10_finetuned.pth]")
+    add("--temperature", "--kd_temp", type=flags.float_in(0.01, 1000), default=10.0, metavar="T",
+        help="softens the outputs of teacher and student [%(default)s]")
     add = parser.add_argument_group("controls").add_argument
-    add(
-        "--train_on",
-        choices=("synthetic", "real", "noise"),
-        default="synthetic",
-        help="the training images; noise is uniform [%(default)s]",
-    )
-    add(
-        "--hard_labels",
-        action="store_true",
-        help="train on the images' own labels with cross-entropy; the teacher is only tested",
-    )
+    add("--train_on", choices=("synthetic", "real", "noise"), default="synthetic",
+        help="the training images; noise is uniform [%(default)s]")
+    add("--hard_labels", action="store_true",
+        help="train on the images' own labels with cross-entropy; the teacher is only tested")
+    # fmt: on
+    parser.add_need("temperature", "distillation, not --hard_labels", lambda a: not a.hard_labels)
     flags.add_run_flags(parser, "student", "student_cifar10_kd.pth")
-    return parse_run_args(parser, argv, "student", DEMO)
+    return folder.parse_args(parser, argv, "student", DEMO)
 
 
 def main(args: Namespace) -> None:
@@ -154,24 +94,24 @@ def main(args: Namespace) -> None:
 
     # data: the student trains on synthetic images, and is tested on real ones
     with parallel.rank_zero_first():  # rank 0 downloads; below, all ranks decode at once
-        load_real = REAL_SETS[args.dataset]
+        load_real = data.REAL_SETS[args.dataset]
         test_set = load_demo("test") if args.demo else load_real(args.data_dir, train=False)
         if args.download_synthetic:
-            download_cifake(args.synthetic_data_dir)
+            data.download_cifake(args.synthetic_data_dir)
     train_set = load_train_set(args, test_set.classes)
     test_set = test_set.first(args.limit)
     train_set, held_out = train_set.first(args.limit).hold_out(args.holdout)
     augmentation = dict(augment=args.augment, mixup=args.mixup, cutmix=args.cutmix, seed=args.seed)
-    train_loader = DeviceLoader(train_set, args.batch_size, device, train=True, **augmentation)
-    test_loader = DeviceLoader(test_set, TEST_BATCH_SIZE, device, train=False)
-    held_out = with_shifted_copies(held_out)
-    held_out_loader = DeviceLoader(held_out, TEST_BATCH_SIZE, device, train=False)
+    train_loader = data.DeviceLoader(train_set, args.batch_size, device, train=True, **augmentation)
+    test_loader = data.DeviceLoader(test_set, data.TEST_BATCH_SIZE, device, train=False)
+    held_out = data.with_shifted_copies(held_out)
+    held_out_loader = data.DeviceLoader(held_out, data.TEST_BATCH_SIZE, device, train=False)
 
     # teacher and student, optimizer, scheduler
     seed_everything(args.seed)
-    student = build_model(args.arch, args.stem, len(test_set.classes))
-    if is_new(args):
-        whiten(student, normalize(train_set.images[:WHITENING_IMAGES]))
+    student = models.build_model(args.arch, args.stem, len(test_set.classes))
+    if folder.is_new(args) and isinstance(student, Airbench):
+        student.whiten(data.normalize(train_set.images[:WHITENING_IMAGES]))
     student.to(device)
     distributed = parallel.distribute(student, args.sync_bn)  # `student` itself without torchrun
     with parallel.rank_zero_first():
@@ -183,7 +123,7 @@ def main(args: Namespace) -> None:
     accuracy = score(teacher_logits, test_set.labels)["accuracy"]
     print(f"teacher: {accuracy:.2f} % on {len(test_set):,} real test images", flush=True)
     held_out_logits = predict(teacher, held_out_loader)
-    cast_weights_(teacher, amp)
+    models.cast_weights_(teacher, amp)
     optimizer = build_optimizer(student, args)
     scheduler = build_scheduler(optimizer, args, args.epochs * len(train_loader))
     ema = EMA(student, args.ema)  # ema.model is `student` itself without --ema
@@ -203,7 +143,7 @@ def main(args: Namespace) -> None:
     step = TrainStep(loss_fn, optimizer, amp, ema, graph=not args.no_cuda_graph)
     state = dict(model=ema.model, trained=student, ema=ema, step=step)
     state |= dict(optimizer=optimizer, scheduler=scheduler)
-    about = describe(student, test_set.classes)
+    about = models.describe(student, test_set.classes)
     must_match = {
         "train_images": len(train_set),
         "skipped_images": train_set.skipped,
@@ -234,17 +174,17 @@ def main(args: Namespace) -> None:
         run.finish()
 
 
-def load_train_set(args: Namespace, classes: tuple[str, ...]) -> ImageSet:
+def load_train_set(args: Namespace, classes: tuple[str, ...]) -> data.ImageSet:
     """The images that --demo or --train_on name. `classes`: the test set's. Errors: UserError."""
     if args.demo:
         return load_demo("synthetic")
     if args.train_on == "noise":
-        return replace(load_noise(), classes=classes)
+        return replace(data.load_noise(), classes=classes)
     if args.train_on == "real":
-        return REAL_SETS[args.dataset](args.data_dir, train=True)
+        return data.REAL_SETS[args.dataset](args.data_dir, train=True)
     if args.dataset == "cifar100":
-        return load_class_folders(args.synthetic_data_dir, classes, args.limit)
-    return load_cifake(args.synthetic_data_dir, args.limit, args.skip_bad_images)
+        return data.load_class_folders(args.synthetic_data_dir, classes, args.limit)
+    return data.load_cifake(args.synthetic_data_dir, args.limit, args.skip_bad_images)
 
 
 def load_teacher(
@@ -254,17 +194,17 @@ def load_teacher(
     members, files = [], {}
     for source in args.teacher_weights:
         if source == "random":
-            members.append(build_model(args.arch, args.stem, len(classes)))
+            members.append(models.build_model(args.arch, args.stem, len(classes)))
             continue
         if not (path := local_file(source)).is_file():
             raise UserError(
                 f"no teacher at {source}: make one with `python fine_tune_teacher_cifar10.py`"
             )
-        members.append(load_model(path, num_classes=len(classes), classes=list(classes)))
+        members.append(models.load_model(path, num_classes=len(classes), classes=list(classes)))
         files[source] = sha256(path)
         print("teacher: {arch} with the {stem} stem, {}".format(source, **members[-1].spec))
-    teacher = members[0] if len(members) == 1 else Ensemble(members)
-    return teacher, None if "random" in args.teacher_weights else checksum(teacher), files
+    teacher = members[0] if len(members) == 1 else models.Ensemble(members)
+    return teacher, None if "random" in args.teacher_weights else models.checksum(teacher), files
 
 
 if __name__ == "__main__":

@@ -57,15 +57,6 @@ FOR_32X32 = {
 ARCHITECTURES = (*CIFAR_STEMS, *FOR_32X32)
 
 
-def whiten(model: nn.Module, images: Tensor) -> None:
-    """Set the whitening filters of an airbench network; other networks stay as they are.
-
-    images: normalised, (N, 3, 32, 32), the first WHITENING_IMAGES of the training images.
-    """
-    if isinstance(model, Airbench):
-        model.whiten(images)
-
-
 class Ensemble(nn.Module):
     """Several networks that teach as one: (B, C, H, W) -> the mean of their logits, (B, classes).
 

@@ -313,12 +313,10 @@ def _save(figure: Figure, path: Path, named: Sequence[Artist] = ()) -> Path:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = flags.Parser(__doc__, "RUN [RUN ...]")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder with a metrics.csv")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="where the pictures go [a single run: its own folder; several: comparison]",
-    )
+    # fmt: off
+    parser.add_argument("--output", type=Path, metavar="DIR",
+        help="where the pictures go [a single run: its own folder; several: comparison]")
+    # fmt: on
     return parser.parse_args(argv)
 
 

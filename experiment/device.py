@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+import re
 from pathlib import Path
 
 import numpy as np
@@ -63,13 +64,12 @@ def has_kernels(capability: tuple[int, int], kernels: list[str]) -> bool:
     Machine code runs on later minor versions of its major version; PTX (compute_) on all later GPUs
     (https://docs.nvidia.com/cuda/cuda-c-programming-guide, section on compatibility).
     """
-    known = [build for build in kernels if build.startswith(("sm_", "compute_"))]
-    for build in known:
-        kind, _, number = build.partition("_")
-        version = divmod(int("".join(filter(str.isdigit, number))), 10)
-        if version <= capability and (kind == "compute" or version[0] == capability[0]):
-            return True
-    return not known  # nothing is known of a build for another kind of GPU, such as gfx90a
+    builds = re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(kernels))
+    return not builds or any(  # nothing is known of AMD's, such as gfx90a
+        (int(major), int(minor)) <= capability
+        and (kind == "compute" or int(major) == capability[0])
+        for kind, major, minor in builds
+    )
 
 
 def _autocast_dtype(device: torch.device, amp: str) -> torch.dtype | None:

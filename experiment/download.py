@@ -3,26 +3,19 @@
 import hashlib
 import os
 import re
+import socket
 import sys
-import urllib.error
-import urllib.request
+import tempfile
 from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
-from tqdm import tqdm
 
 from experiment.errors import UserError
-from experiment.files import load, temporary_beside
+from experiment.files import load
 
 SCHEMES = ("https://", "http://", "file://")
-TIMEOUT = 30  # seconds without an answer
-
-
-def is_url(source: str) -> bool:
-    """Whether `source` is the address of a weight file, and not its path."""
-    return source.lower().startswith(SCHEMES)
+TIMEOUT = 30  # seconds without an answer; PyTorch would wait for ever
 
 
 def local_file(source: str) -> Path:
@@ -33,7 +26,7 @@ def local_file(source: str) -> Path:
     that `torch.load` does not read with weights_only=True, does not enter the cache. Size and
     SHA-256 are printed. Errors: UserError.
     """
-    if not is_url(source):
+    if not source.lower().startswith(SCHEMES):
         return Path(source)
     url, asked, expected = source.partition("#sha256=")
     expected = expected if asked else None  # an empty one matches no file
@@ -44,47 +37,36 @@ def local_file(source: str) -> Path:
         _check_sha256(path, url, expected)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_beside(path) as file:
-            _download(url, file)
-            file.close()
-            _check_sha256(file.name, url, expected)
-            try:
-                load(file.name)
-            except UserError as error:
-                raise UserError(f"{url} gave no weight file, or not a safe one") from error
-            os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as private:
+            new = Path(private, "weights")
+            _download(url, new)
+            _check_sha256(new, url, expected)
+            os.replace(new, path)
     print(f"{url}: {path.stat().st_size / 1e6:.1f} MB, SHA-256 {sha256(path)}", flush=True)
     return path
 
 
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _check_sha256(path: str | Path, url: str, expected: str | None) -> None:
-    found = sha256(path)
-    if expected is not None and found != expected.lower():
+def _check_sha256(path: Path, url: str, expected: str | None) -> None:
+    if expected is not None and (found := sha256(path)) != expected.lower():
         raise UserError(f"{url} has the SHA-256 {found}, not {expected!r}")
 
 
-def _download(url: str, file: BinaryIO) -> None:
+def _download(url: str, path: Path) -> None:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-            size = int(answer.headers.get("Content-Length") or 0)
-            quiet = not sys.stderr.isatty()
-            with tqdm(total=size or None, unit="B", unit_scale=True, disable=quiet) as bar:
-                while block := answer.read(2**20):
-                    file.write(block)
-                    bar.update(len(block))
-    except (HTTPException, urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+    except (HTTPException, OSError, ValueError) as error:  # ValueError: an invalid address
         reason = getattr(error, "reason", None) or error
         raise UserError(f"{url} cannot be downloaded: {reason}") from error
-    except ValueError as error:  # an invalid address or header
-        raise UserError(f"{url} cannot be downloaded: {error}") from error
-    if size and file.tell() != size:
-        raise UserError(f"{url}: the download was cut short, {file.tell()} of {size} bytes came")
+    finally:
+        socket.setdefaulttimeout(before)
+    try:
+        load(path)
+    except UserError as error:
+        raise UserError(f"{url} gave no weight file, or not a safe one") from error

@@ -41,26 +41,21 @@ def one_line_errors() -> Iterator[None]:
             parallel.leave_process_group()
         except (UserError, OSError) as error:
             _exit(str(error))
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            _exit_for_memory(error)
         except Stopped as stop:
             if parallel.is_rank_zero():
                 sys.stderr.write(f"\n{stop}\n")
             sys.exit(128 + stop.number)
-        except RuntimeError as error:
-            if re.search(NO_MEMORY, f"{error} {error.__context__}"):  # of a CUDA graph: the context
-                _exit_for_memory(error)
+        except (MemoryError, RuntimeError) as error:  # CUDA's lack of memory is a RuntimeError, too
+            lack = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            if lack or re.search(NO_MEMORY, f"{error} {error.__context__}"):  # of a graph: context
+                first = [*str(error).splitlines(), "out of memory."][0]
+                _exit(f"{first} Try a smaller --batch_size.")
             if not parallel.is_lost_rank(error):
                 raise
             _exit("another process of this job has died")
         except KeyboardInterrupt:
             sys.stderr.write("\ninterrupted\n")
             sys.exit(130)
-
-
-def _exit_for_memory(error: Exception) -> NoReturn:
-    first = [*str(error).splitlines(), "out of memory."][0]
-    _exit(f"{first} Try a smaller --batch_size.")
 
 
 def one_line(message: str) -> str:

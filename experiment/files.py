@@ -3,11 +3,11 @@
 import io
 import itertools
 import os
-import tempfile
+import uuid
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,32 +19,25 @@ from experiment.errors import UserError
 
 @contextmanager
 def temporary_beside(path: Path) -> Iterator[BinaryIO]:
-    """A private file in the folder of `path`, which is removed when the block ends.
+    """A new file in the folder of `path`, which is removed when the block ends.
 
     It is for `os.replace` or `os.link` inside the block, after `_finish`. Errors: UserError.
     """
-    name = None
+    name = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=".", suffix=".tmp", delete=False
-        ) as file:
-            name = file.name
-            yield file
+        file = open(name, "xb")  # noqa: SIM115
+        try:
+            with file:
+                yield file
+        finally:
+            name.unlink(missing_ok=True)
     except OSError as error:  # on a full disk the error names no file
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        if name is not None:
-            Path(name).unlink(missing_ok=True)
 
 
 def _finish(file: BinaryIO) -> None:
-    """Bring the file to the disk, with the permissions that `open` would have given it."""
     file.flush()
     os.fsync(file.fileno())
-    umask = os.umask(0)
-    os.umask(umask)
-    with suppress(OSError):  # some file systems have no permissions
-        os.chmod(file.name, 0o666 & ~umask)
     file.close()
 
 
@@ -145,21 +138,10 @@ def _is_damaged(path: str | Path) -> bool:
         return True
 
 
-def cloned(state):
-    """A copy of nested dicts, lists and tensors, each tensor on its own device."""
-    return _map_tensors(state, lambda tensor: tensor.detach().clone())
-
-
 def to_cpu(state):
     """Nested dicts, lists and tensors with all tensors on the CPU."""
-    return _map_tensors(state, lambda tensor: tensor.detach().cpu())
-
-
-def _map_tensors(state, change):
     if isinstance(state, Tensor):
-        return change(state)
+        return state.detach().cpu()
     if isinstance(state, dict):
-        return {key: _map_tensors(value, change) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return [_map_tensors(value, change) for value in state]
-    return state
+        return {key: to_cpu(value) for key, value in state.items()}
+    return [to_cpu(value) for value in state] if isinstance(state, (list, tuple)) else state

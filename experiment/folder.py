@@ -1,7 +1,5 @@
 """The files and the rules of a run's folder, and the provenance of its numbers."""
 
-import csv
-import io
 import json
 import math
 import os
@@ -22,7 +20,7 @@ import torchvision
 from experiment import flags, parallel
 from experiment.device import hardware
 from experiment.errors import UserError
-from experiment.files import atomic_write, check_regular, load
+from experiment.files import atomic_write, check_regular
 
 try:
     import fcntl
@@ -129,22 +127,9 @@ def write_config(folder: Path, config: dict) -> None:
 
 def write_metrics(folder: Path, history: list[dict[str, float]]) -> None:
     """Write metrics.csv, a line for each row. Errors: UserError."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, history[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: f"{x:.7g}" for key, x in row.items()} for row in history)
+    lines = [",".join(f"{row[column]:.7g}" for column in history[0]) for row in history]
     with atomic_write(folder / "metrics.csv") as file:
-        file.write(text.getvalue().encode())
-
-
-def checked_history(history: list[dict[str, float]]) -> list[dict[str, float]]:
-    """The rows of a last.pt. Errors: nearly any, if they are not what `write_metrics` takes."""
-    for number, row in enumerate(history, start=1):
-        if row["epoch"] != number or not math.isfinite(sum(row.values())):
-            raise ValueError(f"row {number} of the history is {row}")
-    if not history or any(row.keys() != history[0].keys() for row in history):
-        raise ValueError("the history has no rows, or not the same columns in all")
-    return history
+        file.write("\n".join([",".join(history[0]), *lines, ""]).encode())
 
 
 def claim_folder(run_dir: Path | None, name: str, output: Path) -> Path:
@@ -205,14 +190,6 @@ def _is_anothers(path: Path) -> bool:
     file, folder = path.lstat(), path.parent.stat()
     owners = (0, file.st_uid, folder.st_uid)
     return bool(folder.st_mode & stat.S_ISVTX) and os.geteuid() not in owners
-
-
-def made_by(path: Path) -> str | None:
-    """The run_id of the run that wrote the weight file `path`; None if there is no such file."""
-    try:
-        return load(path).get("run_id")
-    except UserError:
-        return None
 
 
 def lock(folder: Path) -> BinaryIO:

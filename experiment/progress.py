@@ -53,10 +53,6 @@ class Progress:
         self.done, self.left = row["epoch"], 0
         self.bar.update(self.done - self.bar.n)
 
-    def close(self) -> None:
-        """Remove the progress bar."""
-        self.bar.close()
-
 
 def _short(x: float) -> str:
     return f"{x:.4g}" if abs(x) < 1e4 else f"{x:.0f}"  # not 1.235e+04

@@ -9,6 +9,7 @@ runs/student-001/
     *.png          the plots
 """
 
+import copy
 import math
 import shlex
 import sys
@@ -16,31 +17,16 @@ import time
 import uuid
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-from torch import Tensor
 
-from experiment import parallel
+from experiment import folder, parallel
 from experiment.device import seed_everything
 from experiment.errors import Stopped, UserError
-from experiment.files import cloned, load, save, save_without_overwriting, to_cpu
-from experiment.folder import (
-    FORMAT,
-    check_lock,
-    check_output,
-    check_parts,
-    checked_history,
-    claim_folder,
-    lock,
-    made_by,
-    provenance,
-    read_config,
-    refuse_if_used,
-    write_config,
-    write_metrics,
-)
+from experiment.files import load, save, save_without_overwriting, to_cpu
 from experiment.progress import Progress
 from experiment.signals import StopSignals
 
@@ -49,23 +35,15 @@ IMPORTED = time.perf_counter()  # about when the script started
 
 
 class Run:
-    """One run and its folder, described at the top of this file.
-
-        with Run(args, "student", state, about, device, amp, must_match) as run:
-            for epoch in run.epochs():
-                ...
-                run.log({"train_loss": ..., "test_loss": ..., "test_accuracy": ...})
-            run.finish()
+    """One run and its folder, described at the top of this file. The scripts show its use.
 
     `state` holds everything that training changes, each with a state_dict: "model", which is
-    exported, "optimizer", "scheduler" and others. `about` is stored with the model's weights in
-    every checkpoint, to rebuild the network. `must_match` has to be the same when the run is
-    resumed, such as the number of images. It goes to config.json, as do `args` and `extra`.
-    `on_save(folder)` draws the plots. `metric` names the column whose best epoch is kept in
-    best.pt; None for no best.pt. Of `args`, these are read here: epochs, seed, demo, run_dir,
-    resume and output.
+    exported, "optimizer", "scheduler" and others. `about` is stored in every checkpoint, to rebuild
+    the network. `must_match` has to be the same when the run is resumed, such as the number of
+    images. It goes to config.json, as do `args` and `extra`. `on_save(folder)` draws the plots.
+    `metric` names the column whose best epoch is kept in best.pt, if any.
 
-    Every epoch the state is copied to memory, and written to disk at most every SAVE_EVERY seconds.
+    Every epoch the state is copied in memory, and written to disk at most every SAVE_EVERY seconds.
     Leaving the `with` block, also by a signal, writes the last copy. metrics.csv is written from
     the history in last.pt, so they cannot disagree. Only rank 0 touches the folder. Errors:
     UserError, OSError.
@@ -95,30 +73,26 @@ class Run:
         self.folder, self.output = args.resume or args.run_dir, args.output
         if not parallel.is_rank_zero():
             return
-        part = self.part = {"from_epoch": 1, **provenance(device, amp)}
+        part = self.part = {"from_epoch": 1, **folder.provenance(device, amp)}
         if args.resume:
             self._open(must_match)
         else:
-            self._create(f"demo/{name}" if args.demo else name)
-            self.config = {"name": name, "format": FORMAT, "run_id": uuid.uuid4().hex}
+            place = f"demo/{name}" if args.demo else name
+            self.folder = folder.claim_folder(args.run_dir, place, self.output)
+            self.lock = folder.lock(self.folder)
+            folder.refuse_if_used(self.folder)  # two runs may start at once: one ends here
+            self.config = {"name": name, "format": folder.FORMAT, "run_id": uuid.uuid4().hex}
             self.config |= {**must_match, **extra, "args": vars(args), "parts": [part]}
             self._write_config()
         print(f"run: {self.folder} on {part['hardware']}, {part['precision']}", flush=True)
         print(f"to resume it after a stop: {self._resume_command()}", flush=True)
 
-    def _create(self, name: str) -> None:
-        """Make a new folder and lock it."""
-        self.folder = claim_folder(self.args.run_dir, name, self.output)
-        self.lock = lock(self.folder)
-        refuse_if_used(self.folder)  # two runs may start at once: one ends here
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-
     def _open(self, must_match: dict) -> None:
         """Check and lock the folder of the run that is resumed."""
-        self.config = read_config(self.folder)
-        check_parts(self.config, self.folder)
-        check_output(self.output, self.folder)
-        self.lock = lock(self.folder)
+        self.config = folder.read_config(self.folder)
+        folder.check_parts(self.config, self.folder)
+        folder.check_output(self.output, self.folder)
+        self.lock = folder.lock(self.folder)
         for key, value in must_match.items():
             was = self.config.get(key)
             if was != value:
@@ -126,7 +100,6 @@ class Run:
         before, now = self.config["parts"][-1]["precision"], self.part["precision"]
         if before != now:
             print(f"note: so far this run was in {before}; now it is in {now}")
-        self.output.parent.mkdir(parents=True, exist_ok=True)
 
     # ------------------------------------------------------------------------------- the epochs
 
@@ -137,16 +110,13 @@ class Run:
         """
         self._restore()
         self.progress = Progress(len(self.history), self.args.epochs)
+        self.on_batch = self.progress.on_batch  # for `train_one_epoch`
         self.began = time.perf_counter()
         for epoch in range(len(self.history) + 1, self.args.epochs + 1):
             self.epoch, self.lr = epoch, float(self.state["scheduler"].get_last_lr()[0])
             seed_everything(self.args.seed, epoch)
             yield epoch
-        self.progress.close()
-
-    def on_batch(self, fraction: float, loss: Tensor) -> None:
-        """Show the fraction of the epoch that is done."""
-        self.progress.on_batch(fraction, loss)
+        self.progress.bar.close()
 
     def log(self, row: dict[str, float]) -> None:
         """End the epoch: print `row`, copy the state and, every SAVE_EVERY seconds, write and plot.
@@ -170,8 +140,7 @@ class Run:
         """Print the result and export the network of the last epoch, on rank 0."""
         if not parallel.is_rank_zero():
             return
-        self._write()
-        self._draw()  # again, with the tables that the script wrote at the end
+        self.flush(draw=True)  # again, with the tables that the script wrote at the end
         if self.metric:
             last, best = self.history[-1], self.best
             print(
@@ -227,7 +196,7 @@ class Run:
             self.part["from_epoch"] = len(self.history) + 1
             self.config["parts"].append(self.part)
             if self.history:
-                write_metrics(self.folder, self.history)
+                folder.write_metrics(self.folder, self.history)
             self._write_config()
 
     def _load(self, saved: dict) -> None:
@@ -239,12 +208,17 @@ class Run:
         optimizer, scheduler = self.state["optimizer"], self.state["scheduler"]
         for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = float(lr)
-        self.history = checked_history(saved["history"])
+        self.history = saved["history"]
+        columns = self.history[0].keys()
+        for number, row in enumerate(self.history, start=1):
+            right = row["epoch"] == number and row.keys() == columns
+            if not right or not math.isfinite(sum(row.values())):
+                raise ValueError(f"row {number} of the history is {row}")
 
     def _keep(self) -> None:
         """Copy the state, on its device, for the next write."""
         state = {key: part.state_dict() for key, part in self.state.items()}
-        state = cloned(state)
+        state = copy.deepcopy(state)
         if parallel.world_size() > 1:  # a GPU that waits for a lost rank gives nothing back
             state = to_cpu(state)
         last = {**self._checkpoint(), **state, "history": list(self.history)}
@@ -257,49 +231,45 @@ class Run:
         provenance = {"run": str(self.folder), **self.history[-1], **parts}
         return {**self.about, "run_id": self.config["run_id"], "provenance": provenance}
 
-    def flush(self) -> None:
-        """Write what is pending, and draw the plots."""
-        if self._write():
-            self._draw()
-
-    def _write(self) -> bool:
-        """Write what is pending; returns whether that was a new epoch."""
+    def flush(self, draw: bool = False) -> None:
+        """Write what is pending, and draw the plots after a new epoch, or with `draw`."""
         self._stamp()
-        new = "last.pt" in self.pending
+        draw = draw or "last.pt" in self.pending
         for name in sorted(self.pending):  # best.pt before last.pt: a killed run repeats the epoch
             save(self.folder / name, to_cpu(self.pending[name]))
             del self.pending[name]  # after `save`: a signal may come in between
             if name == "last.pt":
-                write_metrics(self.folder, self.history)
+                folder.write_metrics(self.folder, self.history)
                 self._write_config()
         self.saved_at = time.monotonic()
-        return new
-
-    def _draw(self) -> None:
-        if self.on_save:
-            try:
+        try:
+            if draw and self.on_save:
                 self.on_save(self.folder)
-            except (UserError, OSError) as error:  # the training is worth more than its plots
-                print(f"note: no plots were drawn: {error}", flush=True)
+        except (UserError, OSError) as error:  # the training is worth more than its plots
+            print(f"note: no plots were drawn: {error}", flush=True)
 
     def _export(self) -> Path | None:
         """Write the network to --output; returns the new name of an older file there, if any."""
         with self.signals.held():  # until the file is written
             self._stamp()
+            self.output.parent.mkdir(parents=True, exist_ok=True)
             state = {**self._checkpoint(), "model": to_cpu(self.state["model"].state_dict())}
-            again = made_by(self.output) == self.config["run_id"]  # this run was finished before
-            kept = (save if again else save_without_overwriting)(self.output, state)
+            write = save_without_overwriting
+            with suppress(UserError):  # there is no such file, or it is no network
+                if load(self.output).get("run_id") == self.config["run_id"]:
+                    write = save  # this run was finished before
+            kept = write(self.output, state)
             self._write_config()
         return kept
 
     def _stamp(self) -> None:
         """Before every write: check the lock, and record the seconds since the script started."""
-        check_lock(self.lock, self.folder)
+        folder.check_lock(self.lock, self.folder)
         self.part["seconds"] = round(time.perf_counter() - IMPORTED, 1)
 
     def _write_config(self) -> None:
         self._stamp()
-        write_config(self.folder, self.config)
+        folder.write_config(self.folder, self.config)
 
     def __enter__(self) -> "Run":
         self.signals.install()
@@ -309,7 +279,7 @@ class Run:
         self.signals.holding = True  # no signal interrupts the last write
         try:
             if self.progress:  # else no epoch has begun
-                self.progress.close()
+                self.progress.bar.close()
             if self.progress and parallel.is_rank_zero():
                 self.flush()
                 self._write_config()

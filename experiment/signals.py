@@ -29,11 +29,9 @@ class StopSignals:
     def install(self) -> None:
         """Replace the signal handlers."""
         for number in STOP_SIGNALS:
-            handler = signal.getsignal(number)
-            if handler is signal.SIG_IGN and number != signal.SIGINT:
-                continue  # nohup ignores SIGHUP; every background job of a script ignores SIGINT
-            self.handlers[number] = signal.SIG_DFL if handler is None else handler
-            signal.signal(number, self._on_signal)
+            ignored = signal.getsignal(number) is signal.SIG_IGN
+            if number == signal.SIGINT or not ignored:  # by nohup; a script's "&" ignores SIGINT
+                self.handlers[number] = signal.signal(number, self._on_signal) or signal.SIG_DFL
 
     def restore(self) -> None:
         """Put the former handlers back."""

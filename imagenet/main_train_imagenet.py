@@ -63,58 +63,33 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     networks = f"one of {', '.join(NETWORKS)}"
     count, side = flags.int_in(1, 10**9), flags.int_in(32, 4096)
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--synthetic_data_dir",
-        type=Path,
-        default=Path("data/imagenet/synthetic"),
-        metavar="DIR",
-        help="the training images, in class folders or named as DM-KD names them [%(default)s]",
-    )
-    add(
-        "--val_dir",
-        type=Path,
-        default=Path("data/imagenet/val"),
-        metavar="DIR",
-        help="the real validation set, in class folders [%(default)s]",
-    )
-    add(
-        "--label_file",
-        type=Path,
-        metavar="FILE",
+    # fmt: off
+    add("--synthetic_data_dir", type=Path, default=Path("data/imagenet/synthetic"), metavar="DIR",
+        help="the training images, in class folders or named as DM-KD names them [%(default)s]")
+    add("--val_dir", type=Path, default=Path("data/imagenet/val"), metavar="DIR",
+        help="the real validation set, in class folders [%(default)s]")
+    add("--label_file", type=Path, metavar="FILE",
         help="lists all classes in order, if the training images are of some of them only: the "
-        "label file of Stable-ImageNet-1K, or Kaggle's LOC_synset_mapping.txt",
-    )
+        "label file of Stable-ImageNet-1K, or Kaggle's LOC_synset_mapping.txt")
     add("--check_data", action="store_true", help="count and sample the images, report and exit")
     add("--num_classes", type=count, default=1000, metavar="N", help="how many [%(default)s]")
     add("--image_size", type=side, default=224, metavar="N", help="pixels a side [%(default)s]")
     add("--limit", type=count, metavar="N", help="use N images of each set, evenly spaced [all]")
-    add(
-        "--workers",
-        type=flags.int_in(0, 1024),
-        default=8,
-        metavar="N",
+    add("--workers", type=flags.int_in(0, 1024), default=8, metavar="N",
         help="processes that decode training images, and as many again for test images, for each "
-        "GPU; no effect on results [%(default)s]",
-    )
+        "GPU; no effect on results [%(default)s]")
     add = parser.add_argument_group("student").add_argument
-    add(
-        "--arch",
-        choices=NETWORKS,
-        default="resnet18",
-        metavar="NAME",
-        help=f"{networks} [resnet18]",
-    )
+    add("--arch", choices=NETWORKS, default="resnet18", metavar="NAME",
+        help=f"{networks} [resnet18]")
     flags.add_optimisation_flags(parser, RECIPE)
     flags.add_augmentation_flags(parser)
     add = parser.add_argument_group("distillation").add_argument
-    add(
-        "--teacher_weights",
-        default="resnet18",
-        metavar="TEACHER",
+    add("--teacher_weights", default="resnet18", metavar="TEACHER",
         help=f"{networks}, with torchvision's IMAGENET1K_V1 weights; a weight file or a URL "
-        "(URL#sha256=HEX is checked); or random, an untrained network, as a control [%(default)s]",
-    )
-    flags.add_temperature_flag(add)
+        "(URL#sha256=HEX is checked); or random, an untrained network, as a control [%(default)s]")
+    add("--temperature", "--kd_temp", type=flags.float_in(0.01, 1000), default=10.0, metavar="T",
+        help="softens the outputs of teacher and student [%(default)s]")
+    # fmt: on
     flags.add_run_flags(parser, "imagenet", "student_imagenet_kd.pth")
     return parse_run_args(parser, argv, "imagenet")
 

@@ -65,72 +65,34 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = flags.Parser(__doc__)
     add = parser.add_argument_group("model").add_argument
     add("--pipeline", choices=tuple(MODELS), required=True, help="what makes the images")
-    add(
-        "--model",
-        metavar="NAME",
+    # fmt: off
+    add("--model", metavar="NAME",
         help="a name on diffusers' hub, a folder of the same form, or for local a file; defaults: "
-        + ", ".join(MODELS.values()),
-    )
-    add(
-        "--dtype",
-        choices=("auto", *DTYPES),
-        default="auto",
-        help="auto is bf16 or fp16 on a GPU, float32 on a CPU [%(default)s]",
-    )
+        + ", ".join(MODELS.values()))
+    add("--dtype", choices=("auto", *DTYPES), default="auto",
+        help="auto is bf16 or fp16 on a GPU, float32 on a CPU [%(default)s]")
     add = parser.add_argument_group("images").add_argument
-    add(
-        "--classes",
-        metavar="NAME",
+    add("--classes", metavar="NAME",
         help="cifar10, cifar100, imagenet, or a file with one class per line, like those in "
-        "synthetic_data/classes/ [cifar10; local: the classes of the model]",
-    )
-    add(
-        "--prompt",
-        type=prompt,
-        default="a photograph of {class}",
-        metavar="TEXT",
-        help="for stable-diffusion; {class} stands for a prompt of the class [%(default)s]",
-    )
-    add(
-        "--per_class",
-        type=flags.int_in(1, 999_999),
-        default=5000,
-        metavar="N",
-        help="number of images of each class [%(default)s]",
-    )
-    add(
-        "--image_size",
-        type=flags.int_in(8, 4096),
-        default=32,
-        metavar="N",
-        help="pixels a side; larger images are resized with antialiasing [%(default)s]",
-    )
+        "synthetic_data/classes/ [cifar10; local: the classes of the model]")
+    add("--prompt", type=prompt, default="a photograph of {class}", metavar="TEXT",
+        help="for stable-diffusion; {class} stands for a prompt of the class [%(default)s]")
+    add("--per_class", type=flags.int_in(1, 999_999), default=5000, metavar="N",
+        help="number of images of each class [%(default)s]")
+    add("--image_size", type=flags.int_in(8, 4096), default=32, metavar="N",
+        help="pixels a side; larger images are resized with antialiasing [%(default)s]")
     add = parser.add_argument_group("sampling").add_argument
-    add(
-        "--guidance_scale",
-        type=flags.float_in(1, 100),
-        default=2.0,
-        metavar="X",
-        help="1 is none; with a higher one, images are more typical and less varied [%(default)s]",
-    )
-    add(
-        "--steps",
-        type=flags.int_in(1, 1000),
-        default=50,
-        metavar="N",
-        help="evaluations of the network per image, doubled by guidance [%(default)s]",
-    )
+    add("--guidance_scale", type=flags.float_in(1, 100), default=2.0, metavar="X",
+        help="1 is none; with a higher one, images are more typical and less varied [%(default)s]")
+    add("--steps", type=flags.int_in(1, 1000), default=50, metavar="N",
+        help="evaluations of the network per image, doubled by guidance [%(default)s]")
     add("--seed", type=flags.int_in(0, 2**32 - 1), default=0, metavar="N", help="[%(default)s]")
     add = parser.add_argument_group("run").add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="the folder of the set")
     add("--overwrite", action="store_true", help="delete the set in --output first")
-    add(
-        "--batch_size",
-        type=flags.int_in(1, 10**5),
-        default=64,
-        metavar="N",
-        help="images at a time on a GPU; a CPU makes one at a time [%(default)s]",
-    )
+    add("--batch_size", type=flags.int_in(1, 10**5), default=64, metavar="N",
+        help="images at a time on a GPU; a CPU makes one at a time [%(default)s]")
+    # fmt: on
     add("--device", type=flags.device, default="auto", help="auto, cpu, cuda, cuda:N [%(default)s]")
     parser.add_need(
         "prompt", "--pipeline stable-diffusion", lambda args: args.pipeline == "stable-diffusion"

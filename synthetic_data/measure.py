@@ -55,26 +55,15 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument(
         "--data_dir", type=Path, default=Path("data"), metavar="DIR", help="CIFAR-10 [%(default)s]"
     )
-    parser.add_argument(
-        "--teacher_weights",
-        type=Path,
-        default=Path("teacher_cifar10_finetuned.pth"),
-        metavar="FILE",
-        help="an expert on real CIFAR-10 [%(default)s]",
-    )
-    parser.add_argument(
-        "--limit",
-        type=flags.int_in(24, 10**9),
-        metavar="N",
-        help="use only the first N images of each set, for a quick test [all]",
-    )
-    parser.add_argument(
-        "--neighbours",
-        type=flags.int_in(24, 10**5),
-        default=1000,
-        metavar="N",
-        help="number of images whose nearest training images are searched [%(default)s]",
-    )
+    # fmt: off
+    parser.add_argument("--teacher_weights", type=Path,
+        default=Path("teacher_cifar10_finetuned.pth"), metavar="FILE",
+        help="an expert on real CIFAR-10 [%(default)s]")
+    parser.add_argument("--limit", type=flags.int_in(24, 10**9), metavar="N",
+        help="use only the first N images of each set, for a quick test [all]")
+    parser.add_argument("--neighbours", type=flags.int_in(24, 10**5), default=1000, metavar="N",
+        help="number of images whose nearest training images are searched [%(default)s]")
+    # fmt: on
     parser.add_argument("--device", type=flags.device, default="auto", help="[%(default)s]")
     return parser.parse_args(argv)
 

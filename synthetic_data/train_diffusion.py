@@ -55,27 +55,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = flags.Parser(__doc__)
     flags.add_data_flags(parser, DEMO)
     add = parser.add_argument_group("model (U-Net)").add_argument
-    add(
-        "--channels",
-        type=flags.int_in(8, 1024),
-        default=128,
-        metavar="N",
-        help="width at full resolution, a multiple of 8 [%(default)s]",
-    )
-    add(
-        "--layers",
-        type=flags.int_in(1, 8),
-        default=2,
-        metavar="N",
-        help="residual blocks at each of the four resolutions [%(default)s]",
-    )
-    add(
-        "--label_dropout",
-        type=flags.float_in(0, 1),
-        default=0.1,
-        metavar="X",
-        help='share of the labels that become "any", for guidance [%(default)s]',
-    )
+    # fmt: off
+    add("--channels", type=flags.int_in(8, 1024), default=128, metavar="N",
+        help="width at full resolution, a multiple of 8 [%(default)s]")
+    add("--layers", type=flags.int_in(1, 8), default=2, metavar="N",
+        help="residual blocks at each of the four resolutions [%(default)s]")
+    add("--label_dropout", type=flags.float_in(0, 1), default=0.1, metavar="X",
+        help='share of the labels that become "any", for guidance [%(default)s]')
+    # fmt: on
     flags.add_optimisation_flags(parser, RECIPE)
     flags.add_run_flags(parser, "diffusion", "diffusion_cifar10.pth")
     args = parse_run_args(parser, argv, "diffusion", DEMO)

@@ -48,40 +48,19 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add = parser.add_argument
     add("kind", choices=KINDS, help="see above")
     add("folder", type=Path, help="the new folder")
-    add(
-        "--synthetic_data_dir",
-        type=Path,
-        default=Path("synthetic_data/cifake_train_fake"),
+    # fmt: off
+    add("--synthetic_data_dir", type=Path, default=Path("synthetic_data/cifake_train_fake"),
         metavar="DIR",
-        help="CIFAKE's images [%(default)s]",
-    )
-    add(
-        "--count",
-        type=flags.int_in(1, 10**9),
-        default=10_000,
-        metavar="N",
-        help="number of images of a subset [%(default)s]",
-    )
-    add(
-        "--teacher",
-        default="teacher_cifar10_finetuned.pth",
-        metavar="FILE",
-        help="the teacher that disputes images [%(default)s]",
-    )
-    add(
-        "--radius",
-        type=flags.float_in(0, 32, above=True),
-        default=1.0,
-        metavar="X",
-        help="radius of the blur, in pixels [%(default)s]",
-    )
-    add(
-        "--quality",
-        type=flags.int_in(1, 95),
-        default=5,
-        metavar="N",
-        help="quality of the JPEGs [%(default)s]",
-    )
+        help="CIFAKE's images [%(default)s]")
+    add("--count", type=flags.int_in(1, 10**9), default=10_000, metavar="N",
+        help="number of images of a subset [%(default)s]")
+    add("--teacher", default="teacher_cifar10_finetuned.pth", metavar="FILE",
+        help="the teacher that disputes images [%(default)s]")
+    add("--radius", type=flags.float_in(0, 32, above=True), default=1.0, metavar="X",
+        help="radius of the blur, in pixels [%(default)s]")
+    add("--quality", type=flags.int_in(1, 95), default=5, metavar="N",
+        help="quality of the JPEGs [%(default)s]")
+    # fmt: on
     needs = {"count": ("subset",), "teacher": JUDGED, "radius": ("blur",), "quality": ("jpeg",)}
     for flag, kinds in needs.items():
         parser.add_need(

@@ -11,7 +11,7 @@ from torch import nn
 import fine_tune_teacher_cifar10 as teacher_script
 import main_train_cifar10 as student_script
 from data import load_cifake, load_cifar10, normalize
-from models import build_model, read_weights, whiten
+from models import build_model, read_weights
 from networks.airbench import BatchNorm, Conv
 from synthetic_data.demo_images import load_demo
 
@@ -23,7 +23,7 @@ def pictures() -> torch.Tensor:
 
 def test_whitened_patches_are_uncorrelated_and_of_variance_one(pictures):
     model = build_model("airbench94")
-    whiten(model, pictures)
+    model.whiten(pictures)
     filters = model.whitening.weight
     assert torch.equal(filters[:12], -filters[12:])
     projections = F.conv2d(pictures.double(), filters[:12].double()).transpose(0, 1).flatten(1)
@@ -65,7 +65,7 @@ def test_every_layer_computes_in_bfloat16_what_it_does_in_float32(pictures):
     """Each by itself, on the inputs and the gradients that it has in float32."""
     torch.manual_seed(0)
     model = build_model("airbench94").train()
-    whiten(model, pictures)
+    model.whiten(pictures)
     layers = {n: m for n, m in model.named_modules() if n and not list(m.children())}
     seen = {}
     for name, layer in layers.items():
@@ -103,7 +103,7 @@ def test_a_students_filters_come_from_its_own_images(workdir, cifake, cifar10_bi
         ("runs/student-001/last.pt", load_cifake(cifake).images),
     ):
         expected = build_model("airbench94")
-        whiten(expected, normalize(images))
+        expected.whiten(normalize(images))
         filters = read_weights(Path(file))[0]["whitening.weight"]
         assert torch.equal(filters, expected.whitening.weight), file
 

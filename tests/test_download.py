@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiment.download import is_url, local_file
+from experiment.download import local_file
 from experiment.errors import UserError
 
 
@@ -66,6 +66,9 @@ def test_a_file_is_downloaded_once_and_its_hash_is_printed(hub, weights, tmp_pat
     assert one.read_bytes() == weights
     assert len(asked) == 1
     assert hashlib.sha256(weights).hexdigest() in capsys.readouterr().out
+    ordinary = tmp_path / "ordinary"
+    ordinary.touch()
+    assert one.stat().st_mode == ordinary.stat().st_mode  # the cache may be others', too
 
 
 def test_files_of_one_name_from_two_addresses_are_two(hub, tmp_path):
@@ -91,7 +94,7 @@ def test_the_hash_in_the_address_is_checked_also_in_the_cache(hub, weights, tmp_
 @pytest.mark.parametrize(
     ("path", "complaint"),
     [
-        ("cut/w.pth", "cut short"),
+        ("cut/w.pth", "no weight file"),
         ("page/pytorch_model.bin", "no weight file"),
         ("evil/pytorch_model.bin", "not a safe one"),
         ("missing/w.pth", "cannot be downloaded: Not Found"),
@@ -138,4 +141,4 @@ def test_a_file_address_works_and_a_path_stays_a_path(weights, tmp_path, monkeyp
     with pytest.raises(UserError, match="cannot be downloaded"):
         local_file((tmp_path / "none.pth").as_uri())
     assert local_file("some/w.pth") == Path("some/w.pth")
-    assert not is_url("C:/weights.pth")
+    assert local_file("C:/weights.pth") == Path("C:/weights.pth")

@@ -11,7 +11,7 @@ from conftest import as_rank, log, make_run, row
 
 from experiment import errors, parallel, progress
 from experiment.errors import UserError, one_line_errors
-from experiment.parser import Parser
+from experiment.flags import Parser
 from experiment.progress import FORECAST_AFTER, Progress
 from experiment.streams import LOST, steady_output
 from models import read_weights
@@ -227,7 +227,7 @@ def test_a_terminal_gets_a_bar_with_the_loss(monkeypatch, capsys):
     bar.on_batch(0.5, torch.tensor(0.25))
     bar.bar.refresh()
     bar.show({"epoch": 1, **row(50.0)})
-    bar.close()
+    bar.bar.close()
     assert "loss 0.2500" in screen.getvalue()
     assert "epoch 0.50/2" in screen.getvalue()
     assert "epoch 1.00/2" in screen.getvalue()
@@ -239,7 +239,7 @@ def test_a_file_gets_one_line_an_epoch(capsys):
     for epoch in (1, 2):
         bar.on_batch(1.0, torch.tensor(0.25))
         bar.show({"epoch": epoch, **row(50.0), "images_per_second": 12345.6})
-    bar.close()
+    bar.bar.close()
     captured = capsys.readouterr()
     assert captured.err == ""
     assert len(captured.out.splitlines()) == 2
