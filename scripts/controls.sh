@@ -11,17 +11,16 @@ set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift
 source "$(dirname "$0")/environment.sh" requirements.txt
-source "$(dirname "$0")/once.sh"
+source scripts/once.sh # environment.sh has entered the repository
 experiment controls
-recipe="--epochs ${EPOCHS:-8} --data_dir $real ${RECIPE:-$fast}"
-on_cifake="--synthetic_data_dir $cifake"
+# shellcheck disable=SC2206
+recipe=(--epochs "${EPOCHS:-8}" ${RECIPE:-$fast_student})
 
-# shellcheck disable=SC2086
 for seed in ${*:-0 1 2}; do
-    student cifake --teacher_weights "$teacher" $on_cifake               # the one to compare with
-    student hard_labels --teacher_weights "$teacher" $on_cifake --hard_labels # images, no teacher
-    student noise --teacher_weights "$teacher" --train_on noise          # a teacher, no images
-    student real --teacher_weights "$teacher" --train_on real            # the upper bound
-    student untrained_teacher --teacher_weights random $on_cifake        # its outputs mean nothing
+    student cifake --teacher_weights "$teacher" "${both[@]}"                    # to compare with
+    student hard_labels --teacher_weights "$teacher" "${both[@]}" --hard_labels # images, no teacher
+    student noise --teacher_weights "$teacher" "${data[@]}" --train_on noise    # a teacher, no images
+    student real --teacher_weights "$teacher" "${data[@]}" --train_on real      # the upper bound
+    student untrained_teacher --teacher_weights random "${both[@]}"             # outputs mean nothing
 done
 summary

@@ -3,17 +3,16 @@
 #
 #     bash scripts/cpu.sh [SEED ...]
 #
-# Needs CIFAR-10 and CIFAKE (README, "The experiment"), 2 GB of memory, and about an hour. Each run
+# Needs CIFAR-10 and CIFAKE (README, "Install"), 2 GB of memory, and one to two hours. Each run
 # prints a forecast of its time after the first steps. DMKD_DATA=FOLDER names a folder with both data
 # sets; the default is where the scripts expect them. TAG=_off RECIPE="--amp off" makes another
 # table, in results/cpu_off. Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt
-source "$(dirname "$0")/once.sh"
+source scripts/once.sh # environment.sh has entered the repository
 experiment cpu
-recipe="--data_dir $real $fast ${RECIPE:-}"
 
-if ! ls -d "$real"/cifar-10-batches-{bin,py} > /dev/null 2>&1; then
+if [ ! -d "$real/cifar-10-batches-bin" ] && [ ! -d "$real/cifar-10-batches-py" ]; then
     echo "note: CIFAR-10 is not in $real, it will be downloaded there (170 MB)"
 fi
 if [ ! -d "$cifake" ]; then
@@ -25,11 +24,12 @@ free=$(awk '/MemAvailable/ {print int($2 / 2^20)}' /proc/meminfo 2> /dev/null ||
 cores=$(getconf _NPROCESSORS_ONLN)
 [ "$cores" -ge 2 ] || echo "note: there is one core; two halve the time"
 
+# shellcheck disable=SC2086,SC2206
+recipe=($fast_student --epochs 24 "${both[@]}" ${RECIPE:-})
 # shellcheck disable=SC2086
 for seed in ${*:-0}; do
-    once "$runs/teacher-$seed" fine_tune_teacher_cifar10.py --init random --epochs 10 \
-        --seed "$seed" $recipe
-    student student --teacher_weights "$runs/teacher-$seed.pth" --epochs 12 \
-        --synthetic_data_dir "$cifake"
+    once "$runs/teacher-$seed" fine_tune_teacher_cifar10.py --init random --seed "$seed" \
+        $fast_teacher --epochs 10 "${data[@]}" ${RECIPE:-}
+    student student --teacher_weights "$runs/teacher-$seed.pth"
 done
 summary

@@ -15,10 +15,11 @@ set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift
 source "$(dirname "$0")/environment.sh" requirements.txt
-source "$(dirname "$0")/once.sh"
+source scripts/once.sh # environment.sh has entered the repository
 experiment findings
 epochs=${EPOCHS:-8} weak=${WEAK:-1 2 4} lengths=${LENGTHS:-4 16 32}
-recipe="--epochs $epochs --data_dir $real ${RECIPE:-$fast} --synthetic_data_dir $cifake"
+# shellcheck disable=SC2206
+recipe=(--epochs "$epochs" "${both[@]}" ${RECIPE:-$fast_student})
 
 on_variant() { # on_variant NAME FLAGS...: on a folder that variants.py made
     local name=$1 folder=$runs/images/$1
@@ -31,7 +32,7 @@ on_variant() { # on_variant NAME FLAGS...: on a folder that variants.py made
 # shellcheck disable=SC2086
 for n in $weak; do
     once "$runs/teacher_of_$n-0" fine_tune_teacher_cifar10.py --init random --epochs "$n" \
-        --data_dir "$real" $fast
+        "${data[@]}" $fast_teacher
 done
 for seed in ${*:-0 1 2}; do
     # the student to compare with: the first one of controls.sh

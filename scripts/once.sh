@@ -1,11 +1,16 @@
 # Functions that the experiments in scripts/ share. A run in the folder RUN writes its network to
 # RUN.pth. A finished run is skipped, a stopped one is resumed.
 
-# The data, and the recipe of the fast pair: small networks that a CPU trains in an hour.
-# shellcheck disable=SC2034
+# The data: in the folder DMKD_DATA, or where the scripts expect it.
 real=${DMKD_DATA:-data} cifake=${DMKD_DATA:-synthetic_data}/cifake_train_fake
-fast="--arch airbench94 --batch_size 1000 --optimizer muon --lr 0.24 --momentum 0.6
-    --weight_decay 0.005 --scheduler linear --augment reflect"
+data=(--data_dir "$real") both=(--data_dir "$real" --synthetic_data_dir "$cifake")
+
+# The recipes of the fast pair: small networks that a CPU trains in one to two hours. The student's comes
+# from scripts/search.sh.
+# shellcheck disable=SC2034
+fast="--arch airbench94 --optimizer muon --momentum 0.6 --weight_decay 0.005 --scheduler linear
+    --augment reflect"
+fast_teacher="$fast --batch_size 1000 --lr 0.24" fast_student="$fast --batch_size 250 --lr 0.12"
 
 # experiment NAME: its runs go to runs/NAME$TAG/, its table to results/NAME$TAG/.
 experiment() {
@@ -27,12 +32,11 @@ once() {
     fi
 }
 
-# student NAME FLAGS...: a student with $seed and the flags $recipe, in $runs/NAME-$seed.
+# student NAME FLAGS...: a student with $seed and the flags of the array `recipe`, in $runs/NAME-$seed.
 student() {
     local name=$1
     shift
-    # shellcheck disable=SC2086
-    once "$runs/$name-$seed" main_train_cifar10.py --seed "$seed" $recipe "$@"
+    once "$runs/$name-$seed" main_train_cifar10.py --seed "$seed" "${recipe[@]}" "$@"
 }
 
 # summary [RUN ...]: the table of these runs, or of all runs of the experiment.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Which recipe for the student of scripts/cpu.sh? One change at a time, in short runs.
+# Which recipe for the student of scripts/cpu.sh? One change at a time to a first recipe, in short runs.
 #
 #     bash scripts/search.sh TEACHER [SEED ...]
 #
@@ -13,11 +13,12 @@ set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift
 source "$(dirname "$0")/environment.sh" requirements.txt
-source "$(dirname "$0")/once.sh"
+source scripts/once.sh # environment.sh has entered the repository
 
 experiment search
-recipe="--data_dir $real --synthetic_data_dir $cifake --holdout 2000 --limit ${IMAGES:-50000}
-    --epochs ${EPOCHS:-4} $fast --teacher_weights $teacher"
+# shellcheck disable=SC2206
+recipe=("${both[@]}" --holdout 2000 --limit "${IMAGES:-50000}" --epochs "${EPOCHS:-4}"
+    $fast --batch_size 1000 --lr 0.24 --teacher_weights "$teacher")
 
 setting() { # setting NAME FLAGS...: unless SETTINGS names others
     case " ${SETTINGS:-$1} " in *" $1 "*) student "$@" ;; esac
