@@ -94,7 +94,7 @@ def distribute(model: nn.Module, sync_batchnorm: bool = False) -> nn.Module:
     if sync_batchnorm:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.15 renames broadcast_buffers
+        warnings.simplefilter("ignore", FutureWarning)  # newer PyTorch renames broadcast_buffers
         return DistributedDataParallel(model, broadcast_buffers=False)
 
 
