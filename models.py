@@ -151,7 +151,7 @@ def load_model(path: str | Path, **expected: int | list[str]) -> nn.Module:
     return model.eval()
 
 
-def _recognise(weights: dict[str, Tensor], path: str | Path, expected: str | None) -> dict:
+def _recognise(weights: dict[str, Tensor], path: str | Path, expected: str | None = None) -> dict:
     """The first network in ARCHITECTURES that a state dict fits. Errors: UserError.
 
     MobileNetV2 and ShuffleNetV2 have the same shapes with either stem: the `expected` one is taken,

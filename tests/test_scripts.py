@@ -148,7 +148,7 @@ def test_what_a_student_trains_on(workdir, cifake, cifar10_binary, monkeypatch):
         loaders.append((train, data))
         return DeviceLoader(data, batch_size, device, train, **more)
 
-    monkeypatch.setattr(student_script, "DeviceLoader", recording_loader)
+    monkeypatch.setattr(student_script.data, "DeviceLoader", recording_loader)
     common = [*"--epochs 1 --batch_size 20 --device cpu".split(), *SMALL_NETWORK]
     common += ["--data_dir", str(cifar10_binary)]
     teacher_script.main(teacher_script.parse_args([*common, "--init", "random"]))
