@@ -164,7 +164,7 @@ def train_one_epoch(
         match_sum += matches.sum()
         if on_batch is not None:
             on_batch(batch / len(loader), loss)
-    parallel.average_buffers([model] if step.ema is None else [model, step.ema.model])
+    parallel.average_buffers(model)
     sums = torch.stack([loss_sum, match_sum.float(), torch.full_like(loss_sum, count)])
     loss_sum, match_sum, count = parallel.all_reduce_sum(sums).tolist()  # waits
     return {

@@ -30,7 +30,7 @@ from experiment.errors import one_line_errors
 from experiment.run import Run
 from models import ARCHITECTURES, STEMS, build_model, describe, init_from
 from networks.airbench import WHITENING_IMAGES, Airbench
-from optimizers import EMA, build_optimizer, build_scheduler
+from optimizers import build_optimizer, build_scheduler
 from plots import plot_run, save_predictions
 from synthetic_data.demo_images import load_demo
 
@@ -89,15 +89,13 @@ def main(args: Namespace) -> None:
     distributed = parallel.distribute(teacher, args.sync_bn)  # `teacher` itself without torchrun
     optimizer = build_optimizer(teacher, args)
     scheduler = build_scheduler(optimizer, args, args.epochs * len(train_loader))
-    ema = EMA(teacher, args.ema)  # ema.model is `teacher` itself without --ema
 
     def loss_fn(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return label_loss(distributed(images), labels)
 
     # the run: config.json, metrics.csv, checkpoints and plots in runs/teacher-001
-    step = TrainStep(loss_fn, optimizer, amp, ema, graph=not args.no_cuda_graph)
-    state = dict(model=ema.model, trained=teacher, ema=ema, step=step)
-    state |= dict(optimizer=optimizer, scheduler=scheduler)
+    step = TrainStep(loss_fn, optimizer, amp, graph=not args.no_cuda_graph)
+    state = dict(model=teacher, optimizer=optimizer, scheduler=scheduler, step=step)
     about = describe(teacher, test_set.classes)
     must_match = {"train_images": len(train_set), "test_images": len(test_set)}
     with Run(args, "teacher", state, about, device, amp, must_match, plot_run, **extra) as run:
@@ -105,7 +103,7 @@ def main(args: Namespace) -> None:
             train_loader.epoch = epoch
             train = train_one_epoch(teacher, train_loader, step, scheduler, run.on_batch)
             final = epoch == args.epochs  # tested in float32, whatever --amp is
-            test = evaluate(ema.model, test_loader, None if final else amp)
+            test = evaluate(teacher, test_loader, None if final else amp)
             run.log(
                 {
                     "train_loss": train["loss"],
@@ -115,7 +113,7 @@ def main(args: Namespace) -> None:
                     "images_per_second": train["images_per_second"],
                 }
             )
-        logits = predict(ema.model, test_loader)
+        logits = predict(teacher, test_loader)
         if parallel.is_rank_zero():
             save_predictions(run.folder, test_set, logits)
         run.finish()

@@ -41,7 +41,7 @@ from experiment.download import local_file, sha256
 from experiment.errors import UserError, one_line_errors
 from experiment.run import Run
 from networks.airbench import WHITENING_IMAGES, Airbench
-from optimizers import EMA, build_optimizer, build_scheduler
+from optimizers import build_optimizer, build_scheduler
 from plots import plot_run, save_predictions
 from synthetic_data.demo_images import load_demo
 
@@ -126,7 +126,6 @@ def main(args: Namespace) -> None:
     models.cast_weights_(teacher, amp)
     optimizer = build_optimizer(student, args)
     scheduler = build_scheduler(optimizer, args, args.epochs * len(train_loader))
-    ema = EMA(student, args.ema)  # ema.model is `student` itself without --ema
 
     def loss_fn(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # the labels are not used
         with torch.inference_mode():
@@ -140,9 +139,8 @@ def main(args: Namespace) -> None:
 
     # the run: config.json, metrics.csv, checkpoints and plots in runs/student-001
     loss_fn = hard_loss_fn if args.hard_labels else loss_fn
-    step = TrainStep(loss_fn, optimizer, amp, ema, graph=not args.no_cuda_graph)
-    state = dict(model=ema.model, trained=student, ema=ema, step=step)
-    state |= dict(optimizer=optimizer, scheduler=scheduler)
+    step = TrainStep(loss_fn, optimizer, amp, graph=not args.no_cuda_graph)
+    state = dict(model=student, optimizer=optimizer, scheduler=scheduler, step=step)
     about = models.describe(student, test_set.classes)
     must_match = {
         "train_images": len(train_set),
@@ -156,7 +154,7 @@ def main(args: Namespace) -> None:
             train_loader.epoch = epoch
             train = train_one_epoch(student, train_loader, step, scheduler, run.on_batch)
             final = epoch == args.epochs  # tested in float32, whatever --amp is
-            test = evaluate(ema.model, test_loader, None if final else amp)
+            test = evaluate(student, test_loader, None if final else amp)
             row = {
                 "train_loss": train["loss"],
                 "train_label_accuracy" if args.hard_labels else "train_agreement": train["matches"],
@@ -164,11 +162,11 @@ def main(args: Namespace) -> None:
                 "test_accuracy": test["accuracy"],
             }
             if args.holdout:
-                logits = predict(ema.model, held_out_loader, None if final else amp)
+                logits = predict(student, held_out_loader, None if final else amp)
                 val = compare(logits, held_out_logits, args.temperature)
                 row |= {"val_kd_loss": val["loss"], "val_agreement": val["agreement"]}
             run.log({**row, "images_per_second": train["images_per_second"]})
-        logits = predict(ema.model, test_loader)
+        logits = predict(student, test_loader)
         if parallel.is_rank_zero():
             save_predictions(run.folder, test_set, logits, teacher_logits)
         run.finish()

@@ -157,8 +157,8 @@ def add_model_flags(
 
 
 def add_optimisation_flags(parser: Parser, recipe: dict) -> None:
-    """--epochs to --ema; `recipe` holds the defaults of the script."""
-    recipe = dict(milestones=[0.5, 0.8], gamma=0.1, momentum=0.9, warmup=0.0, ema=0.0) | recipe
+    """--epochs to --warmup; `recipe` holds the defaults of the script."""
+    recipe = dict(milestones=[0.5, 0.8], gamma=0.1, momentum=0.9, warmup=0.0) | recipe
     add, need = parser.add_argument_group("optimisation").add_argument, parser.add_need
     # fmt: off
     add("--epochs", type=int_in(1, 10**5), metavar="N", help="length of the run [%(default)s]")
@@ -177,9 +177,6 @@ def add_optimisation_flags(parser: Parser, recipe: dict) -> None:
         help="factor of the learning rate at each milestone [%(default)s]")
     add("--warmup", type=float_in(0, 0.9), metavar="X",
         help="fraction of the run in which linear rises before it falls [%(default)s]")
-    add("--ema", type=float_in(0, 0.99999), metavar="X",
-        help="decay, per batch, of an exponential moving average of the weights, which is then "
-        "tested and saved; 0 for none [%(default)s]")
     # fmt: on
     parser.set_defaults(**recipe)
     need("momentum", "--optimizer sgd or muon", lambda a: a.optimizer != "adam")

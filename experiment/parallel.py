@@ -9,7 +9,7 @@ writes. With plain `python` there is one rank, and everything here is a no-op.
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -112,15 +112,14 @@ def rank_zero_first() -> Iterator[None]:
 
 
 @torch.no_grad()
-def average_buffers(models: Iterable[nn.Module]) -> None:
+def average_buffers(model: nn.Module) -> None:
     """Average BatchNorm's running statistics over the ranks, each of which saw other images."""
     if world_size() == 1:
         return
-    for model in dict.fromkeys(models):  # a network may come twice
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= world_size()
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            dist.all_reduce(buffer)
+            buffer /= world_size()
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from models import (
     init_from,
     load_model,
 )
-from optimizers import EMA, build_optimizer, build_scheduler
+from optimizers import build_optimizer, build_scheduler
 from plots import plot_run
 
 NETWORKS = tuple(CIFAR_STEMS)  # torchvision's, with their own stems
@@ -123,7 +123,6 @@ def main(args: Namespace) -> None:
     cast_weights_(teacher, amp)
     optimizer = build_optimizer(student, args)
     scheduler = build_scheduler(optimizer, args, args.epochs * len(train_loader))
-    ema = EMA(student, args.ema)  # ema.model is `student` itself without --ema
 
     def loss_fn(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # the labels are not used
         with torch.inference_mode():
@@ -133,9 +132,8 @@ def main(args: Namespace) -> None:
         return loss, student_logits.argmax(1) == teacher_logits.argmax(1)
 
     # the run: config.json, metrics.csv, checkpoints and plots in runs/imagenet-001
-    step = TrainStep(loss_fn, optimizer, amp, ema, graph=not args.no_cuda_graph)
-    state = dict(model=ema.model, trained=student, ema=ema, step=step)
-    state |= dict(optimizer=optimizer, scheduler=scheduler)
+    step = TrainStep(loss_fn, optimizer, amp, graph=not args.no_cuda_graph)
+    state = dict(model=student, optimizer=optimizer, scheduler=scheduler, step=step)
     about = describe(student, test_files.classes)
     must_match = {
         "train_images": len(train_files),
@@ -147,7 +145,7 @@ def main(args: Namespace) -> None:
         for epoch in run.epochs():
             train = train_one_epoch(student, train_loader, step, scheduler, run.on_batch)
             final = epoch == args.epochs  # tested in float32, whatever --amp is
-            test = evaluate(ema.model, test_loader, None if final else amp)
+            test = evaluate(student, test_loader, None if final else amp)
             run.log(
                 {
                     "train_loss": train["loss"],

@@ -40,7 +40,6 @@ for seed in ${*:-0}; do
     setting lr_036 --lr 0.36
     setting warmup --warmup 0.1
     setting cosine --scheduler cosine
-    setting ema --ema 0.98
     setting momentum_08 --momentum 0.8
     setting decay_0 --weight_decay 0
 done

@@ -53,7 +53,6 @@ BAD_FLAGS = [
     (["--momentum", "1"], "--momentum: '1' is no number from 0 to 0.9999"),
     (["--weight_decay", "-1"], "--weight_decay: '-1' is no number from 0"),
     (["--milestones", "0.5", "25"], "--milestones: '25' is no number above 0 to 1"),
-    (["--ema", "1"], "--ema: '1' is no number from 0 to 0.99999"),
     (["--mixup", "-1"], "--mixup: '-1' is no number from 0"),
     (["--cutmix", "nan"], "--cutmix: 'nan' is no number"),
     (["--warmup", "1"], "--warmup: '1' is no number from 0 to 0.9"),

@@ -10,7 +10,7 @@ from experiment.flags import as_typed
 from experiment.folder import FORMAT
 from imagenet import main_train_imagenet as imagenet_script
 
-SHARED = {"batch_size": 128, "momentum": 0.9, "nesterov": False, "seed": 0, "ema": 0}
+SHARED = {"batch_size": 128, "momentum": 0.9, "nesterov": False, "seed": 0}
 SHARED |= {"arch": "resnet18", "stem": "cifar", "augment": "crop", "mixup": 0, "cutmix": 0}
 STUDENT = {
     **SHARED,
@@ -114,7 +114,7 @@ def write_config(folder: Path, args: dict, name: str = "student") -> None:
     [
         "--demo --epochs 4 --nesterov --milestones 0.3 0.6 --limit 50 --kd_temp 4.5",
         "--optimizer muon --scheduler linear --warmup 0.1 --teacher_weights=-t.pth --mixup 0.4",
-        "--hard_labels --train_on noise --teacher_weights a.pth b.pth --ema 0.99",
+        "--hard_labels --train_on noise --teacher_weights a.pth b.pth --seed 1",
     ],
 )
 def test_a_resumed_run_takes_its_flags_from_the_config(argv, tmp_path):

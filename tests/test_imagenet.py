@@ -68,7 +68,7 @@ def test_the_published_recipe_is_the_default():
     expected = dict(epochs=100, batch_size=256, optimizer="sgd", lr=0.1, momentum=0.9)
     expected |= dict(weight_decay=1e-4, scheduler="multistep", milestones=[0.3, 0.6, 0.9])
     expected |= dict(gamma=0.1, temperature=10, image_size=224, num_classes=1000)
-    expected |= dict(arch="resnet18", teacher_weights="resnet18", nesterov=False, ema=0)
+    expected |= dict(arch="resnet18", teacher_weights="resnet18", nesterov=False)
     assert expected.items() <= vars(args).items()
 
 
@@ -99,7 +99,7 @@ def test_a_student_learns_from_folders(workdir, tiny, capsys, monkeypatch):
 @pytest.mark.slow
 def test_it_resumes_bit_for_bit(workdir, tiny, monkeypatch):
     monkeypatch.setattr(script, "plot_run", lambda folder: None)
-    flags = [*tiny, "--cutmix", 1, "--ema", 0.9]
+    flags = [*tiny, "--cutmix", 1]
     student(*flags, "--run_dir", "unbroken", "--output", "unbroken.pth")
     epochs = iter([script.train_one_epoch])  # and then none
 

@@ -37,16 +37,13 @@ RANDOM_TEACHER = [*SMALL, "--teacher_weights", "random"]
 # What two ranks have to do as one does: the script, see two_ranks.py, and its flags.
 RUNS = {
     "sgd": ("main_train_cifar10", *RANDOM_TEACHER, "--lr", "0.001"),
-    "cutmix, average": (
-        *("main_train_cifar10", *RANDOM_TEACHER, "--lr", "0.001"),
-        *("--cutmix", "1", "--ema", "0.9"),
-    ),
+    "cutmix": ("main_train_cifar10", *RANDOM_TEACHER, "--lr", "0.001", "--cutmix", "1"),
     "muon, mixup": (
         *("main_train_cifar10", *RANDOM_TEACHER, "--optimizer", "muon", "--lr", "0.01"),
         *("--momentum", "0.6", "--scheduler", "linear", "--augment", "reflect", "--mixup", "1"),
     ),
     "teacher": ("fine_tune_teacher_cifar10", *SMALL, "--optimizer", "sgd", "--lr", "0.01"),
-    "resumed": ("main_train_cifar10", *RANDOM_TEACHER, "--lr", "0.001", "--ema", "0.9"),
+    "resumed": ("main_train_cifar10", *RANDOM_TEACHER, "--lr", "0.001"),
 }
 
 

@@ -281,10 +281,10 @@ def test_the_seed_decides_everything(workdir, demo_teacher):
         *(
             pytest.param(name, flags, marks=pytest.mark.slow)
             for name, flags in (
-                ("teacher", "--cutmix 1 --augment rrc_jitter --ema 0.9 --scheduler onecycle"),
+                ("teacher", "--cutmix 1 --augment rrc_jitter --scheduler onecycle"),
                 (
                     "student",
-                    "--cutmix 1 --augment rrc_jitter --ema 0.9 --scheduler cosine --holdout 30",
+                    "--cutmix 1 --augment rrc_jitter --scheduler cosine --holdout 30",
                 ),
                 ("student", "--hard_labels --mixup 0.4"),
                 ("student", "--optimizer muon --augment reflect --scheduler linear --warmup 0.2"),
@@ -343,18 +343,6 @@ def test_held_out_images_are_compared_in_the_end(workdir, demo_teacher):
     last = metrics("runs/demo/student-001")[-1]
     assert float(last["val_agreement"]) == pytest.approx(expected["agreement"], rel=1e-6)
     assert float(last["val_kd_loss"]) == pytest.approx(expected["loss"], rel=1e-5)
-
-
-def test_the_average_is_what_is_tested_and_saved(workdir):
-    run_teacher("--ema", 0.9)
-    averaged = read_weights(TEACHER)[0]
-    trained = torch.load("runs/demo/teacher-001/last.pt", weights_only=True)["trained"]
-    assert not torch.equal(averaged["fc.weight"], trained["fc.weight"])
-    assert_equal_weights(TEACHER, "runs/demo/teacher-001/last.pt")
-    test_set = load_demo("test").first(96)
-    scores = score(logits_of(TEACHER, test_set), test_set.labels)
-    last = metrics("runs/demo/teacher-001")[-1]
-    assert float(last["test_loss"]) == pytest.approx(scores["loss"], rel=1e-6)
 
 
 def test_a_finished_run_exports_again_without_training(workdir, demo_teacher, monkeypatch):

@@ -57,6 +57,10 @@ def test_a_run(workdir, capsys):
     assert checkpoint["provenance"]["run"] == "run"
     assert "model.pth" in capsys.readouterr().out
 
+    trained = load("run/last.pt")["trained"]  # the moving average is what is exported
+    assert_equal_weights(Path("model.pth"), Path("run/last.pt"))
+    assert not torch.equal(checkpoint["model"]["conv_in.weight"], trained["conv_in.weight"])
+
     train("--run_dir", "again", "--output", "model.pth")
     assert without_times(metrics(Path("again"))) == without_times(rows)
     assert_equal_weights(Path("model.pth"), Path("model.001.pth"))
