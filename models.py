@@ -128,13 +128,12 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     return plain, around
 
 
-def load_model(path: str | Path, **expected: int | list[str]) -> nn.Module:
+def load_model(path: str | Path, **expected: int | str | list[str]) -> nn.Module:
     """Rebuild the network of a weight file, on the CPU and in eval mode.
 
     Our checkpoints name their network; any other is recognised by the shapes of its tensors.
     `expected` holds the `stem`, `num_classes` or `classes` that the file has to have, if it names
-    them.
-    Errors: UserError.
+    them. Errors: UserError.
     """
     weights, said = read_weights(path)
     if "stem" not in said:

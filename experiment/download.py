@@ -69,4 +69,5 @@ def _download(url: str, path: Path) -> None:
     try:
         load(path)
     except UserError as error:
-        raise UserError(f"{url} gave no weight file, or not a safe one") from error
+        why = "no weight file, not a safe one, or only a part of one"
+        raise UserError(f"{url} gave {why}") from error

@@ -31,7 +31,8 @@ class Stopped(KeyboardInterrupt):
 def one_line_errors() -> Iterator[None]:
     """Turn UserError, OSError and lack of memory into one line on stderr and exit code 1.
 
-    In the block, output that cannot be written is dropped: see experiment.streams.
+    In the block, output that cannot be written is dropped: see experiment.streams. After success
+    the process leaves the other ranks.
     """
     if problem := parallel.environment_problem():
         sys.exit(f"error: {problem}")
@@ -49,7 +50,7 @@ def one_line_errors() -> Iterator[None]:
             lack = isinstance(error, (MemoryError, torch.OutOfMemoryError))
             if lack or re.search(NO_MEMORY, f"{error} {error.__context__}"):  # of a graph: context
                 first = [*str(error).splitlines(), "out of memory."][0]
-                _exit(f"{first} Try a smaller --batch_size.")
+                _exit(f"{first.rstrip('.')}. Try a smaller --batch_size.")
             if not parallel.is_lost_rank(error):
                 raise
             _exit("another process of this job has died")

@@ -8,7 +8,7 @@ import argparse
 import functools
 import math
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -187,7 +187,7 @@ def add_optimisation_flags(parser: Parser, recipe: dict) -> None:
     need("warmup", "--scheduler linear", lambda a: a.scheduler == "linear")
 
 
-def add_augmentation_flags(parser: Parser, choices: Sequence[str] = ()) -> None:
+def add_augmentation_flags(parser: Parser, choices: Collection[str] = ()) -> None:
     """--augment, if there are `choices`, --mixup and --cutmix."""
     add, need = parser.add_argument_group("augmentation").add_argument, parser.add_need
     # fmt: off

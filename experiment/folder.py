@@ -27,7 +27,7 @@ try:
 except ImportError:  # Windows: two runs in one folder go unnoticed there
     fcntl = None
 
-FORMAT = 2  # of config.json and last.pt
+FORMAT = 3  # of config.json and last.pt
 LOCK = ".lock"
 # Files that a run writes into its folder, beside those with a suffix that no network has.
 CHECKPOINTS = ("last.pt", "best.pt", LOCK)

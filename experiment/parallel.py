@@ -78,8 +78,8 @@ def init_process_group(device: torch.device) -> None:
 
 
 def leave_process_group() -> None:
-    """Leave the other ranks, after success only: NCCL would wait for those that cannot answer."""
-    if dist.is_initialized():
+    """Leave the job, but only after success: NCCL waits for all ranks, also for dead ones."""
+    if world_size() > 1 and dist.is_initialized():
         dist.destroy_process_group()
 
 

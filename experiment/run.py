@@ -84,6 +84,7 @@ class Run:
             self.config = {"name": name, "format": folder.FORMAT, "run_id": uuid.uuid4().hex}
             self.config |= {**must_match, **extra, "args": vars(args), "parts": [part]}
             self._write_config()
+        self.output.parent.mkdir(parents=True, exist_ok=True)
         print(f"run: {self.folder} on {part['hardware']}, {part['precision']}", flush=True)
         print(f"to resume it after a stop: {self._resume_command()}", flush=True)
 
@@ -210,6 +211,8 @@ class Run:
             group["lr"] = float(lr)
         self.history = saved["history"]
         columns = self.history[0].keys()
+        if not all(isinstance(column, str) and column.isidentifier() for column in columns):
+            raise ValueError(f"the columns of the history are {columns}")
         for number, row in enumerate(self.history, start=1):
             right = row["epoch"] == number and row.keys() == columns
             if not right or not math.isfinite(sum(row.values())):
@@ -252,7 +255,6 @@ class Run:
         """Write the network to --output; returns the new name of an older file there, if any."""
         with self.signals.held():  # until the file is written
             self._stamp()
-            self.output.parent.mkdir(parents=True, exist_ok=True)
             state = {**self._checkpoint(), "model": to_cpu(self.state["model"].state_dict())}
             write = save_without_overwriting
             with suppress(UserError):  # there is no such file, or it is no network

@@ -1,7 +1,7 @@
-# Sourced by the other scripts. Enters the repository and installs the requirements file that the first
-# argument names, unless the same content was installed before: into the virtual environment that is
-# active, else into .venv, which is made if it is missing. PYTHON names the interpreter that makes it
-# (default python3).
+# Sourced by the other scripts. Enters the repository, where relative paths start from then on. Installs
+# the requirements file that the first argument names, unless the same content was installed before: into
+# the virtual environment that is active, else into .venv, which is made if it is missing. PYTHON names
+# the interpreter that makes it (default python3).
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 requirements=$1

@@ -79,7 +79,7 @@ done
 echo "== students of the expert, by the number of images, with the same number of updates"
 images more --guidance_scale 2 --steps $larger_steps --per_class $larger
 for count in $counts; do
-    [ "$count" -ge $batch ] || { echo "error: COUNTS: $count are less than a batch of $batch" >&2 && exit 1; }
+    [ "$count" -ge $batch ] || { echo "error: COUNTS: $count images are less than a batch of $batch" >&2 && exit 1; }
     epochs=$(((updates + count / batch - 1) / (count / batch)))
     for seed in $seeds; do
         once "$top/counts/$count-$seed" main_train_cifar10.py "${data[@]}" \

@@ -108,7 +108,7 @@ def main(args: Namespace) -> None:
         train_set.images[found["pixels"]],
         train_set.images[found["features"]],
     ]
-    apart = torch.linspace(0, len(samples) - 1, 24).long()
+    apart = torch.linspace(0, len(samples) - 1, min(24, len(samples))).long()
     rows = torch.stack([column[apart] for column in columns], dim=1)  # (24, 3, 3, 32, 32)
     with atomic_write(args.output / "nearest.png") as file:
         save_image(rows.flatten(0, 1) / 255, file, nrow=12, format="png")

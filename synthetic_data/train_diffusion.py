@@ -62,6 +62,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         help="residual blocks at each of the four resolutions [%(default)s]")
     add("--label_dropout", type=flags.float_in(0, 1), default=0.1, metavar="X",
         help='share of the labels that become "any", for guidance [%(default)s]')
+    add = parser.add_argument_group("average").add_argument
     add("--ema", type=flags.float_in(0, 0.99999), metavar="X",
         help="decay, per batch, of an exponential moving average of the weights, which is then "
         "tested and saved; 0 for none [%(default)s]")

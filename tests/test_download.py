@@ -94,7 +94,7 @@ def test_the_hash_in_the_address_is_checked_also_in_the_cache(hub, weights, tmp_
 @pytest.mark.parametrize(
     ("path", "complaint"),
     [
-        ("cut/w.pth", "no weight file"),
+        ("cut/w.pth", "only a part of one"),
         ("page/pytorch_model.bin", "no weight file"),
         ("evil/pytorch_model.bin", "not a safe one"),
         ("missing/w.pth", "cannot be downloaded: Not Found"),

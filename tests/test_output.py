@@ -26,6 +26,14 @@ from models import read_weights
         (OSError("full"), "error: full"),
         (torch.OutOfMemoryError("Out.\nA"), "error: Out. Try a smaller --batch_size."),
         (MemoryError(), "error: out of memory. Try a smaller --batch_size."),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+            "error: CUDA error: CUBLAS_STATUS_ALLOC_FAILED. Try a smaller --batch_size.",
+        ),
+        (
+            RuntimeError("MPS backend out of memory (1 GB)."),
+            "error: MPS backend out of memory (1 GB). Try a smaller --batch_size.",
+        ),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -33,6 +41,16 @@ def test_what_a_user_can_put_right_is_one_line(error, code):
     with pytest.raises(SystemExit) as stop, one_line_errors():
         raise error
     assert stop.value.code == code
+
+
+def test_a_lack_of_memory_that_another_error_hides_is_found():
+    """The end of a CUDA graph's capture raises an error of its own."""
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        except torch.OutOfMemoryError:
+            raise RuntimeError("capture failed")  # noqa: B904
+    assert stop.value.code == "error: capture failed. Try a smaller --batch_size."
 
 
 def test_a_line_does_not_fill_screens(capsys):

@@ -118,7 +118,7 @@ def wait_for_an_epoch(two: Process | subprocess.Popen, folder: str) -> None:
 
 @pytest.mark.slow
 def test_a_stopped_job_is_resumed_by_another_number_of_ranks(workdir):
-    run = RUNS["cutmix, average"]
+    run = RUNS["cutmix"]
     two = Process(DRIVER, json.dumps([named(run, "two", epochs=8)]), ranks=2)
     wait_for_an_epoch(two, "two")
     two.send_signal(signal.SIGTERM)
