@@ -45,20 +45,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("teacher", type=Path, metavar="TEACHER_RUN", help="folder of the teacher's finished run")
     add("student", type=Path, metavar="STUDENT_RUN", help="folder of the student's finished run")
     add("--data_dir", type=Path, default=Path("data"), metavar="DIR", help="CIFAR-10 [%(default)s]")
-    add(
-        "--synthetic_data_dir",
-        type=Path,
-        default=Path("synthetic_data/cifake_train_fake"),
+    # fmt: off
+    add("--synthetic_data_dir", type=Path, default=Path("synthetic_data/cifake_train_fake"),
         metavar="DIR",
-        help="the images of CIFAKE's train/FAKE [%(default)s]",
-    )
-    add(
-        "--output",
-        type=Path,
-        default=Path("docs/images/student_and_exam.png"),
-        metavar="FILE",
-        help="the picture; a former one is replaced [%(default)s]",
-    )
+        help="the images of CIFAKE's train/FAKE [%(default)s]")
+    add("--output", type=Path, default=Path("docs/images/student_and_exam.png"), metavar="FILE",
+        help="the picture; a former one is replaced [%(default)s]")
+    # fmt: on
     return parser.parse_args(argv)
 
 
