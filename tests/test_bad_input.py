@@ -14,6 +14,7 @@ import data
 import fine_tune_teacher_cifar10 as teacher_script
 import main_train_cifar10 as student_script
 from experiment.errors import one_line_errors
+from experiment.folder import FORMAT
 from models import build_model, to_checkpoint
 
 
@@ -239,7 +240,7 @@ def test_resuming_what_is_no_run(workdir, demo_teacher, capsys):
         expect(teacher_script, 1, "is not the config.json of a run", "--resume", run)
     (run / "config.json").write_text('{"kind": "teacher", "args": {}, "git_commit": "f94fdf4"}')
     expect(teacher_script, 1, "use the commit that made it, f94fdf4", "--resume", run)
-    start = '{"name": "teacher", "format": 2, "args": {"epochs": '
+    start = f'{{"name": "teacher", "format": {FORMAT}, "args": {{"epochs": '
     for value, problem in [('"many"', "'many' is no"), ("1.5", "'1.5' is no"), ("-1", "'-1' is")]:
         (run / "config.json").write_text(start + value + "}}")
         expect(teacher_script, 2, f"--epochs: {problem}", "--resume", run)
