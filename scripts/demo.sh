@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole experiment in two minutes on two CPU cores, on drawn pictures: no data and no GPU.
+# The whole experiment in three minutes on two CPU cores, on drawn pictures: no data and no GPU.
 # Makes .venv, unless a virtual environment is active, trains a teacher on "real" pictures and two
 # students on "synthetic" ones, and prints the accuracy of the three on "real" test pictures. All
 # files go to a new folder under runs/.
