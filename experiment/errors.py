@@ -47,16 +47,21 @@ def one_line_errors() -> Iterator[None]:
                 sys.stderr.write(f"\n{stop}\n")
             sys.exit(128 + stop.number)
         except (MemoryError, RuntimeError) as error:  # CUDA's lack of memory is a RuntimeError, too
-            lack = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            if lack or re.search(NO_MEMORY, f"{error} {error.__context__}"):  # of a graph: context
-                first = [*str(error).splitlines(), "out of memory."][0]
-                _exit(f"{first.rstrip('.')}. Try a smaller --batch_size.")
+            for cause in (error, error.__context__):  # the end of a graph's capture hides the first
+                if _is_lack_of_memory(cause):
+                    first = [*str(cause).splitlines(), "out of memory."][0]
+                    _exit(f"{first.rstrip('.')}. Try a smaller --batch_size.")
             if not parallel.is_lost_rank(error):
                 raise
             _exit("another process of this job has died")
         except KeyboardInterrupt:
             sys.stderr.write("\ninterrupted\n")
             sys.exit(130)
+
+
+def _is_lack_of_memory(error: BaseException | None) -> bool:
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or bool(re.search(NO_MEMORY, str(error)))
 
 
 def one_line(message: str) -> str:

@@ -50,7 +50,7 @@ def test_a_lack_of_memory_that_another_error_hides_is_found():
             raise torch.OutOfMemoryError("CUDA out of memory.")
         except torch.OutOfMemoryError:
             raise RuntimeError("capture failed")  # noqa: B904
-    assert stop.value.code == "error: capture failed. Try a smaller --batch_size."
+    assert stop.value.code == "error: CUDA out of memory. Try a smaller --batch_size."
 
 
 def test_a_line_does_not_fill_screens(capsys):
