@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from data import DeviceLoader
 from experiment import parallel
-from optimizers import EMA
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -47,7 +46,7 @@ class TrainStep:
 
     `loss_fn(images, labels)` returns the loss to minimise, a scalar, and `matches`, (B,) bool: true
     where the prediction equals its target (the label, or the teacher's choice). `amp` is the
-    autocast dtype; `ema` follows the weights.
+    autocast dtype; `after_update()` is called after every update, and recorded with it.
 
     On CUDA, small networks are bound by kernel launches. After three ordinary steps the whole step
     (forward, backward, update) is captured as a CUDA graph and replayed
@@ -68,10 +67,11 @@ class TrainStep:
         loss_fn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
         optimizer: Optimizer,
         amp: torch.dtype | None = None,
-        ema: EMA | None = None,
+        after_update: Callable[[], None] | None = None,
         graph: bool = True,
     ) -> None:
-        self.loss_fn, self.optimizer, self.amp, self.ema = loss_fn, optimizer, amp, ema
+        self.loss_fn, self.optimizer, self.amp = loss_fn, optimizer, amp
+        self.after_update = after_update
         self.device = optimizer.param_groups[0]["params"][0].device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == torch.float16)
         if self.scaler.is_enabled():
@@ -116,8 +116,8 @@ class TrainStep:
         self.scaler.step(self.optimizer)  # skipped if a gradient is not finite
         before = self.scaler.get_scale()
         self.scaler.update()
-        if self.ema is not None and self.scaler.get_scale() >= before:
-            self.ema.update()
+        if self.after_update is not None and self.scaler.get_scale() >= before:
+            self.after_update()
         return loss.detach(), matches
 
     def _warm_up(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,10 +30,11 @@ from experiment.errors import UserError, one_line_errors
 from experiment.files import atomic_write
 from experiment.folder import parse_args as parse_run_args
 from experiment.run import Run
-from optimizers import EMA, build_optimizer, build_scheduler
+from optimizers import build_optimizer, build_scheduler
 from plots import plot_run
 from synthetic_data import diffusion
 from synthetic_data.demo_images import load_demo
+from synthetic_data.ema import EMA
 
 # The recipe, and what --demo changes.
 RECIPE = dict(
@@ -104,7 +105,7 @@ def main(args: Namespace) -> None:
         return loss, labels < 0  # nothing is classified: no matches
 
     # the run: config.json, metrics.csv, checkpoints and plots in runs/diffusion-001
-    step = TrainStep(loss_fn, optimizer, amp, ema, graph=not args.no_cuda_graph)
+    step = TrainStep(loss_fn, optimizer, amp, ema.update, graph=not args.no_cuda_graph)
     state = dict(model=ema.model, trained=unet, ema=ema, step=step)
     state |= dict(optimizer=optimizer, scheduler=scheduler)
     about = diffusion.describe(unet, train_set.classes)

@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_leaves
 from data import DeviceLoader, ImageSet
 from engine import TrainStep, kd_loss, predict, train_one_epoch
 from models import build_model
-from optimizers import EMA, build_optimizer, build_scheduler
+from optimizers import build_optimizer, build_scheduler
 from synthetic_data.demo_images import load_demo
+from synthetic_data.ema import EMA
 
 
 class NoFloat64(TorchDispatchMode):
@@ -58,5 +59,5 @@ def test_nothing_on_the_path_of_the_device_is_float64(optimizer, augmentation):
 
         for epoch in (1, 2):
             loader.epoch = epoch
-            train_one_epoch(student, loader, TrainStep(loss_fn, rule, None, ema), scheduler)
+            train_one_epoch(student, loader, TrainStep(loss_fn, rule, None, ema.update), scheduler)
         predict(ema.model, DeviceLoader(images, 16, "cpu", train=False))

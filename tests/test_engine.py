@@ -13,7 +13,8 @@ from augmentations import AUGMENTATIONS
 from data import DeviceLoader, ImageSet, normalize
 from engine import TrainStep, compare, evaluate, kd_loss, label_loss, predict, train_one_epoch
 from models import build_model
-from optimizers import EMA, build_optimizer, build_scheduler
+from optimizers import build_optimizer, build_scheduler
+from synthetic_data.ema import EMA
 
 RECIPE = student_script.parse_args([])
 
@@ -134,7 +135,7 @@ def test_nothing_that_a_device_computes_is_float64(optimizer, augmentation):
         return loss + kd_loss(model(images), ema.model(images), 4.0), matches
 
     with Found(torch.float64) as found:
-        train_one_epoch(model, loader, TrainStep(loss_fn, rule, None, ema), scheduler)
+        train_one_epoch(model, loader, TrainStep(loss_fn, rule, None, ema.update), scheduler)
         predict(ema.model, DeviceLoader(made_set(9), 5, "cpu", train=False))
     assert found.count > 100  # it has seen the training
     assert not found.operations
@@ -148,7 +149,7 @@ def test_a_step_takes_the_average_after_the_update(optimizer):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     rule, ema = build_optimizer(model, recipe(optimizer=optimizer)), EMA(model, 0.9)
-    step = TrainStep(lambda x, y: label_loss(model(x), y), rule, None, ema)
+    step = TrainStep(lambda x, y: label_loss(model(x), y), rule, None, ema.update)
     expected = model[0].weight.detach().clone()
     for t in range(1, 4):
         step(torch.randn(4, 3, 8, 8), torch.arange(4))

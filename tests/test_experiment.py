@@ -19,7 +19,7 @@ from experiment.files import load, save
 from experiment.folder import FORMAT, parse_args, read_config
 from experiment.signals import STOP_SIGNALS
 from models import read_weights
-from optimizers import EMA
+from synthetic_data.ema import EMA
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from augmentations import AUGMENTATIONS
 from data import DeviceLoader, ImageSet
 from engine import TrainStep, kd_loss, train_one_epoch
 from models import build_model, cast_weights_
-from optimizers import EMA, build_optimizer, build_scheduler
+from optimizers import build_optimizer, build_scheduler
+from synthetic_data.ema import EMA
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
@@ -49,7 +50,7 @@ def made(
         loss = kd_loss(logits, teacher_logits, 10.0)
         return loss, logits.argmax(1) == teacher_logits.argmax(1)
 
-    step = TrainStep(loss_fn, rule, amp, ema, graph)
+    step = TrainStep(loss_fn, rule, amp, ema.update, graph)
     return Namespace(student=student, teacher=teacher, rule=rule, ema=ema, step=step, args=args)
 
 

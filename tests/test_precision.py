@@ -12,7 +12,8 @@ from experiment import device as devices
 from experiment.device import has_kernels, pick_device
 from experiment.errors import UserError
 from models import read_weights
-from optimizers import EMA, Muon
+from optimizers import Muon
+from synthetic_data.ema import EMA
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9),
@@ -37,7 +38,7 @@ def tiny(optimizer: str, amp: torch.dtype | None, decay: float = 0.0):
         loss, matches = label_loss(model(images), labels)
         return loss * factor, matches
 
-    return model, rule, ema, factor, TrainStep(loss_fn, rule, amp, ema)
+    return model, rule, ema, factor, TrainStep(loss_fn, rule, amp, ema.update)
 
 
 def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
