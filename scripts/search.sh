@@ -5,10 +5,10 @@
 #
 # The choice is made by val_agreement: agreement with the teacher on 2,000 held-out synthetic images
 # and on five shifted copies of each (brighter, less saturated, blurred, JPEG, sharper). The test
-# accuracy is also in summary.csv and decides nothing. EPOCHS, IMAGES and SETTINGS (names from below)
-# shorten it.
-# DMKD_DATA is the folder of both data sets. TAG marks the folders of another search. Finished runs
-# are skipped, stopped ones are resumed.
+# accuracy is also in summary.csv and decides nothing. The last three settings compare optimizers for
+# a ResNet18. EPOCHS, IMAGES and SETTINGS (names from below) shorten it. DMKD_DATA is the folder of
+# both data sets. TAG marks the folders of another search. Finished runs are skipped, stopped ones
+# are resumed.
 set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift
@@ -42,5 +42,12 @@ for seed in ${*:-0}; do
     setting cosine --scheduler cosine
     setting momentum_08 --momentum 0.8
     setting decay_0 --weight_decay 0
+    # optimizers for a ResNet18
+    setting resnet18_muon --arch resnet18 --batch_size 250 --lr 0.12
+    sgd="--arch resnet18 --optimizer sgd --momentum 0.9 --weight_decay 5e-4"
+    # shellcheck disable=SC2086
+    setting resnet18_sgd_128 $sgd --batch_size 128 --lr 0.05
+    # shellcheck disable=SC2086
+    setting resnet18_sgd_500 $sgd --batch_size 500 --lr 0.2 --nesterov --warmup 0.2
 done
 summary
