@@ -225,23 +225,24 @@ def load_cifake(
 def load_class_folders(
     folder: str | Path, classes: tuple[str, ...], limit: int | None = None
 ) -> ImageSet:
-    """The images in folders named like `classes`, sorted, at 32x32; with `limit`, evenly spaced.
+    """The images in folders named like `classes`, at 32x32; with `limit`, the first of them.
 
-    For synthetic images of CIFAR-100. Errors: UserError that names the file or the folder.
+    For synthetic images of CIFAR-100. The order is that of the names, the first image of each class
+    before the second ones: the first images are of all classes, as they are in CIFAKE. Errors:
+    UserError that names the file or the folder.
     """
     for name in sorted({*classes, *visible(folder)}):
         if name not in classes or not visible(Path(folder, name)):
             rule = "every class needs a folder with images, and nothing else belongs there"
             raise UserError(f"{Path(folder, name)}: {rule}")
     files = [
-        (Path(folder, name, image), label)
+        (number, label, Path(folder, name, image))
         for label, name in enumerate(classes)
-        for image in visible(Path(folder, name))
+        for number, image in enumerate(visible(Path(folder, name)))
     ]
-    count = min(limit or len(files), len(files))
-    chosen = [files[i] for i in np.linspace(0, len(files) - 1, count).round().astype(int)]
-    images = torch.stack([load_image(path) for path, _ in chosen])
-    return ImageSet(images, torch.tensor([label for _, label in chosen]), classes)
+    files = sorted(files)[:limit]
+    images = torch.stack([load_image(path) for _, _, path in files])
+    return ImageSet(images, torch.tensor([label for _, label, _ in files]), classes)
 
 
 def visible(folder: str | Path) -> list[str]:

@@ -324,19 +324,22 @@ def class_folders(tmp_path):
     return tmp_path / "folders"
 
 
-def test_class_folders_load_in_the_order_of_the_classes(class_folders):
+def test_class_folders_are_interleaved(class_folders):
+    """The first images, which whiten a first layer and which --limit takes, are of all classes."""
     (class_folders / ".DS_Store").touch()
     (class_folders / "a" / ".hidden").touch()
+    (class_folders / "a" / "3.png").unlink()
     images = load_class_folders(class_folders, ("b", "a"))
-    assert images.labels.tolist() == [0] * 6 + [1] * 6
-    assert images.images[:, 0, 0, 0].tolist() == [*range(20, 26), *range(10, 16)]
+    assert images.labels.tolist() == [0, 1] * 5 + [0]
+    pixels = [20, 10, 21, 11, 22, 12, 23, 14, 24, 15, 25]  # of a, the fourth is missing
+    assert images.images[:, 0, 0, 0].tolist() == pixels
     assert images.classes == ("b", "a")
 
 
-def test_a_limit_takes_evenly_of_the_class_folders(class_folders):
-    images = load_class_folders(class_folders, ("a", "b"), limit=4)
-    assert images.labels.tolist() == [0, 0, 1, 1]
-    assert images.images[:, 0, 0, 0].tolist() == [10, 14, 21, 25]
+def test_a_limit_takes_the_first_of_the_class_folders(class_folders):
+    images = load_class_folders(class_folders, ("a", "b"), limit=5)
+    assert images.labels.tolist() == [0, 1, 0, 1, 0]
+    assert images.images[:, 0, 0, 0].tolist() == [10, 20, 11, 21, 12]
     assert len(load_class_folders(class_folders, ("a", "b"), limit=99)) == 12
 
 
