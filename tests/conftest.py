@@ -24,7 +24,7 @@ from optimizers import build_scheduler
 
 REPOSITORY = Path(__file__).parent.parent
 # A run of a second or two that goes through all of a script.
-TINY = "--demo --epochs 2 --limit 96 --batch_size 32 --device cpu".split()
+TINY = "--demo --epochs 2 --limit 48 --batch_size 16 --device cpu".split()
 SMALL_NETWORK = "--arch wrn_16_1 --stem cifar".split()
 TIMES = ("seconds", "images_per_second")
 

@@ -74,7 +74,7 @@ def test_a_resnet18_and_its_student(workdir, capsys):
 
     assert not list(workdir.glob("*.pth"))  # a demo stays under runs/
     said = capsys.readouterr().out
-    test_set = load_demo("test").first(96)
+    test_set = load_demo("test").first(48)
     taught = logits_of(TEACHER, test_set)
     accuracy = score(taught, test_set.labels)["accuracy"]
     for name, exported, column in (
@@ -87,7 +87,7 @@ def test_a_resnet18_and_its_student(workdir, capsys):
         assert list(rows[0]) == [*columns, "images_per_second", "seconds"]
         assert [row["epoch"] for row in rows] == ["1", "2"]
         for row in rows:  # the seconds have the test in them, too
-            assert 0 < 96 / float(row["images_per_second"]) < float(row["seconds"])
+            assert 0 < 48 / float(row["images_per_second"]) < float(row["seconds"])
         scores = score(logits, test_set.labels)
         assert float(rows[-1]["test_accuracy"]) == pytest.approx(scores["accuracy"], rel=1e-6)
         assert float(rows[-1]["test_loss"]) == pytest.approx(scores["loss"], rel=1e-6)
@@ -103,7 +103,7 @@ def test_a_resnet18_and_its_student(workdir, capsys):
 
     assert read_config(run)["teacher_accuracy"] == pytest.approx(accuracy)
     assert f"teacher: resnet18 with the imagenet stem, {TEACHER}\n" in said
-    assert f"teacher: {accuracy:.2f} % on 96 real test images" in said
+    assert f"teacher: {accuracy:.2f} % on 48 real test images" in said
 
 
 def assert_what_is_left(run: Path, test_set: ImageSet, logits: Tensor, taught: Tensor | None):
@@ -233,7 +233,7 @@ def test_several_teachers_are_one(workdir, demo_teacher, monkeypatch):
     configs = {name: read_config(Path(name)) for name in ("one", "two", "both")}
     assert len({config["teacher_sha256"] for config in configs.values()}) == 3
     assert list(configs["both"]["teacher_files"]) == [str(path) for path in both]
-    test_set = load_demo("test").first(96)
+    test_set = load_demo("test").first(48)
     mean = sum(logits_of(path, test_set) for path in both) / 2
     accuracy = score(mean, test_set.labels)["accuracy"]
     assert configs["both"]["teacher_accuracy"] == pytest.approx(accuracy)
@@ -284,7 +284,7 @@ def test_the_seed_decides_everything(workdir, demo_teacher):
                 ("teacher", "--cutmix 1 --augment rrc_jitter --scheduler onecycle"),
                 (
                     "student",
-                    "--cutmix 1 --augment rrc_jitter --scheduler cosine --holdout 30",
+                    "--cutmix 1 --augment rrc_jitter --scheduler cosine --holdout 15",
                 ),
                 ("student", "--hard_labels --mixup 0.4"),
                 ("student", "--optimizer muon --augment reflect --scheduler linear --warmup 0.2"),
@@ -335,9 +335,9 @@ def test_labels_take_the_place_of_the_teacher_only_when_it_is_said(workdir, demo
 
 
 def test_held_out_images_are_compared_in_the_end(workdir, demo_teacher):
-    run_student("--teacher_weights", demo_teacher, "--holdout", 30)
-    train_set, held_out = load_demo("synthetic").first(96).hold_out(30)
-    assert read_config(Path("runs/demo/student-001"))["train_images"] == len(train_set) == 66
+    run_student("--teacher_weights", demo_teacher, "--holdout", 15)
+    train_set, held_out = load_demo("synthetic").first(48).hold_out(15)
+    assert read_config(Path("runs/demo/student-001"))["train_images"] == len(train_set) == 33
     images = with_shifted_copies(held_out)
     expected = compare(logits_of(STUDENT, images), logits_of(demo_teacher, images), 10.0)
     last = metrics("runs/demo/student-001")[-1]
@@ -475,7 +475,7 @@ def test_both_scripts_run_on_cuda(workdir, monkeypatch):
         monkeypatch.setattr(script, "TrainStep", recording_step)
     run_teacher("--device", "cuda")
     run_student("--device", "cuda")
-    test_set = load_demo("test").first(96)
+    test_set = load_demo("test").first(48)
     for name, exported in (("teacher", TEACHER), ("student", STUDENT)):
         run = Path(f"runs/demo/{name}-001")
         assert read_config(run)["parts"][0]["hardware"] == torch.cuda.get_device_name()
