@@ -5,7 +5,7 @@
 #
 # The choice is made by val_agreement: agreement with the teacher on 2,000 held-out synthetic images
 # and on five shifted copies of each (brighter, less saturated, blurred, JPEG, sharper). The test
-# accuracy is also in summary.csv and decides nothing. The last three settings compare optimizers for
+# accuracy is also in summary.csv and decides nothing. The last four settings compare optimizers for
 # a ResNet18. EPOCHS, IMAGES and SETTINGS (names from below) shorten it. DMKD_DATA is the folder of
 # both data sets. TAG marks the folders of another search. Finished runs are skipped, stopped ones
 # are resumed.
@@ -44,6 +44,7 @@ for seed in ${*:-0}; do
     setting decay_0 --weight_decay 0
     # optimizers for a ResNet18
     setting resnet18_muon --arch resnet18 --batch_size 250 --lr 0.12
+    setting resnet18_muon_warmup --arch resnet18 --batch_size 250 --lr 0.12 --warmup 0.1
     sgd="--arch resnet18 --optimizer sgd --momentum 0.9 --weight_decay 5e-4"
     # shellcheck disable=SC2086
     setting resnet18_sgd_128 $sgd --batch_size 128 --lr 0.05
