@@ -11,12 +11,12 @@ import runpy
 import signal
 import sys
 import tempfile
+from multiprocessing import forkserver
 from pathlib import Path
 from subprocess import TimeoutExpired
 
 SERVER = multiprocessing.get_context("forkserver")
-SCRIPTS = ("fine_tune_teacher_cifar10", "main_train_cifar10", "imagenet.main_train_imagenet")
-SERVER.set_forkserver_preload([*SCRIPTS, "matplotlib.pyplot", "torch.distributed.launcher.api"])
+SERVER.set_forkserver_preload(["preloaded"])
 
 
 class Process:
@@ -33,6 +33,7 @@ class Process:
         self.out, self.err = (log or Path(self.folder.name, name) for name in ("out", "err"))
         given = [str(value) for value in argv], os.path.abspath(cwd), ranks
         self.process = SERVER.Process(target=_start, args=(*given, self.out, self.err))
+        _start_server()
         self.process.start()
         self.pid = self.process.pid
 
@@ -64,6 +65,16 @@ class Process:
     def communicate(self, timeout: float | None = 120) -> tuple[str, str]:
         self.wait(timeout)
         return self.said(), self.errors()
+
+
+def _start_server() -> None:
+    """Start the server, if there is none, where it finds preloaded.py: it would not say if not."""
+    before = os.getcwd()
+    os.chdir(Path(__file__).parent)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.chdir(before)
 
 
 def _start(argv: list[str], cwd: str, ranks: int, out: Path, err: Path) -> None:

@@ -298,7 +298,7 @@ def test_a_signal_to_all_processes_stops_only_the_one_that_saves(made, number):
 
 
 ENDLESS = """
-import signal, sys
+import signal, sys, time
 from experiment.errors import Stopped, one_line_errors
 from imagenet.index import list_images
 from imagenet.loader import FolderLoader
@@ -313,7 +313,8 @@ with one_line_errors():
             if i == 0:  # as in a run: the workers of the test are there before its handlers
                 signal.signal(int(sys.argv[2]), stop)
                 print("first batch", flush=True)
-                signal.pause()
+                while True:  # signal.pause() would sleep on after one that comes just before it
+                    time.sleep(0.01)
 """
 
 

@@ -395,6 +395,13 @@ def test_ranks_decode_at_the_same_time(workdir, demo_teacher, monkeypatch):
 
 
 @pytest.mark.slow
+def test_processes_need_not_import_the_scripts(workdir):
+    """Else every one of them takes seconds more, and nothing says so."""
+    code = "import sys; sys.exit('main_train_cifar10' not in sys.modules)"
+    assert Process("-c", code, cwd=workdir).wait() == 0
+
+
+@pytest.mark.slow
 def test_everything_is_a_process_too(workdir):
     """The commands as a person runs them: what is printed, where, and the exit code."""
 
