@@ -68,7 +68,7 @@ class Process:
 
 
 def _start_server() -> None:
-    """Start the server, if there is none, where it finds preloaded.py: it would not say if not."""
+    """Start the server where it finds preloaded.py; it says nothing of a module that it lacks."""
     before = os.getcwd()
     os.chdir(Path(__file__).parent)
     try:
