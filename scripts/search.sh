@@ -5,10 +5,10 @@
 #
 # The choice is made by val_agreement: agreement with the teacher on 2,000 held-out synthetic images
 # and on five shifted copies of each (brighter, less saturated, blurred, JPEG, sharper). The test
-# accuracy is also in summary.csv and decides nothing. The last four settings compare optimizers for
-# a ResNet18. EPOCHS, IMAGES and SETTINGS (names from below) shorten it. DMKD_DATA is the folder of
-# both data sets. TAG marks the folders of another search. Finished runs are skipped, stopped ones
-# are resumed.
+# accuracy is also in summary.csv and decides nothing. The last settings are for other searches:
+# augmentations in longer runs, and optimizers for a ResNet18. EPOCHS, IMAGES and SETTINGS (names from
+# below) shorten or lengthen it. DMKD_DATA is the folder of both data sets. TAG marks the folders of
+# another search. Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift
@@ -42,6 +42,11 @@ for seed in ${*:-0}; do
     setting cosine --scheduler cosine
     setting momentum_08 --momentum 0.8
     setting decay_0 --weight_decay 0
+    # augmentations that four epochs are too few for
+    setting batch_250_mixup --batch_size 250 --lr 0.12 --mixup 1
+    setting batch_250_rrc_jitter --batch_size 250 --lr 0.12 --augment rrc_jitter
+    setting batch_250_both --batch_size 250 --lr 0.12 --mixup 1 --augment rrc_jitter
+    setting batch_250_cutmix --batch_size 250 --lr 0.12 --cutmix 1
     # optimizers for a ResNet18
     setting resnet18_muon --arch resnet18 --batch_size 250 --lr 0.12
     setting resnet18_muon_warmup --arch resnet18 --batch_size 250 --lr 0.12 --warmup 0.1
