@@ -273,7 +273,7 @@ def _load_pixels(path: str | Path) -> np.ndarray:
     """uint8 (32, 32, 3). PyTorch's share of the time would be as large as the decoder's."""
     try:
         if not os.path.isfile(path):  # opening a FIFO would wait for ever
-            raise UserError("not a regular file")
+            raise UserError("not a regular file" if os.path.lexists(path) else "no such file")
         with Image.open(path, formats=("JPEG", "PNG")) as picture:
             pixels = _pixels(picture)  # (H, W, 3)
     except Exception as error:  # the decoders raise nearly anything on a broken or hostile file

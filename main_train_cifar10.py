@@ -195,9 +195,8 @@ def load_teacher(
             members.append(models.build_model(args.arch, args.stem, len(classes)))
             continue
         if not (path := local_file(source)).is_file():
-            raise UserError(
-                f"no teacher at {source}: make one with `python fine_tune_teacher_cifar10.py`"
-            )
+            command = "python fine_tune_teacher_cifar10.py" + " --demo" * args.demo
+            raise UserError(f"no teacher at {source}: make one with `{command}`")
         members.append(models.load_model(path, num_classes=len(classes), classes=list(classes)))
         files[source] = sha256(path)
         print("teacher: {arch} with the {stem} stem, {}".format(source, **members[-1].spec))

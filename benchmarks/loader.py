@@ -13,7 +13,7 @@ disk is measured. Ratios are taken within a turn.
 
 A training step of distillation, ResNet18 from ResNet18, is timed on the same device (on a CPU, with
 one thread), without a loader: the slower of the two is the bottleneck. Prints tables; writes
-results/loader/DEVICE.json.
+runs/loader/DEVICE.json.
 """
 
 import io
@@ -48,7 +48,6 @@ from imagenet.loader import IMAGENET_MEAN, IMAGENET_STD, FolderLoader, opened, r
 SIZES = {"500x375": (500, 375, 93), "1024x1024": (1024, 1024, 80)}
 BATCH = 32
 VIEWS = 200  # of which one is timed by the median
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "loader"
 
 
 class Reference(Dataset):
@@ -215,7 +214,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--turns", type=flags.int_in(1, 1000), default=5, help="epochs of each way [%(default)s]")
     add("--images", type=flags.int_in(40, 10**6), default=320, help="an epoch [%(default)s]")
     add("--train_rate", type=flags.float_in(0, 1e9, above=True), help="images/s [measured]")
-    add("--output", type=Path, default=RESULTS, help="[results/loader]")
+    add("--output", type=Path, default=Path("runs/loader"), help="[%(default)s]")
     return parser.parse_args(argv)
 
 

@@ -19,8 +19,7 @@ ResNet18 teacher of 15 epochs, its student of 50), and by that of scripts/cpu.sh
 Muon, 10 and 24). It times two to eight steps of each and extrapolates to all images and epochs,
 without start-up and saving. The accuracies that they reach are in results/.
 
-Prints tables; writes results/speed/DEVICE.json and DEVICE.png, DEVICE_whole.json or
-cpu_recipe.json.
+Prints tables; writes runs/speed/DEVICE.json and DEVICE.png, DEVICE_whole.json or cpu_recipe.json.
 """
 
 import argparse
@@ -499,7 +498,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--cpu_recipe", action="store_true", help="compare whole recipes on the CPU instead")
     add("--data_dir", type=Path, default=Path("data"), help="for --whole: CIFAR-10 [%(default)s]")
     add("--limit", type=flags.int_in(1, 10**9), help="for --whole: as in the scripts [all]")
-    add("--output", type=Path, default=REPOSITORY / "results" / "speed", help="[results/speed]")
+    add("--output", type=Path, default=Path("runs/speed"), help="[%(default)s]")
     add("--worker", choices=WAYS, help=argparse.SUPPRESS)
     add("--images", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(argv)

@@ -7,6 +7,7 @@ here touches the disk. The flags are tables, which `ruff format` leaves alone.
 import argparse
 import functools
 import math
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -23,11 +24,12 @@ from experiment.errors import one_line
 class Parser(argparse.ArgumentParser):
     """Takes no abbreviated flags, refuses those that would do nothing, and errs in one line.
 
-    `arguments` names the positional ones, for the first line of --help.
+    `arguments` names those that are required, for the first line of --help.
     """
 
     def __init__(self, description: str, arguments: str = "") -> None:
         super().__init__(
+            prog=Path(sys.argv[0]).as_posix(),
             usage=f"python %(prog)s [flags] {arguments}".strip(),
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -97,7 +97,8 @@ class Run:
         for key, value in must_match.items():
             was = self.config.get(key)
             if was != value:
-                raise UserError(f"{self.folder} cannot be resumed: {key} was {was}, is {value}")
+                problem = f"with other files: {key} was {was}, is {value}"
+                raise UserError(f"{self.folder} cannot be resumed {problem}")
         before, now = self.config["parts"][-1]["precision"], self.part["precision"]
         if before != now:
             print(f"note: so far this run was in {before}; now it is in {now}")
@@ -194,8 +195,11 @@ class Run:
             except Exception as error:  # a file that was tampered with can raise nearly anything
                 raise UserError(f"{path} is not the checkpoint of this run") from error
         if parallel.is_rank_zero() and self.args.resume:
-            self.part["from_epoch"] = len(self.history) + 1
-            self.config["parts"].append(self.part)
+            if len(self.history) < self.args.epochs:
+                self.part["from_epoch"] = len(self.history) + 1
+                self.config["parts"].append(self.part)
+            else:
+                print("note: all its epochs are done; only the end is done again")
             if self.history:
                 folder.write_metrics(self.folder, self.history)
             self._write_config()

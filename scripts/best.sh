@@ -4,8 +4,8 @@
 #     bash scripts/best.sh [SEED ...]
 #
 # The defaults are for a GPU. TEACHER_EPOCHS and EPOCHS shorten it. RECIPE adds flags to both, such as
-# --stem imagenet. Runs go to runs/best$TAG/ and the table to results/best$TAG/. Give every other
-# recipe a TAG, such as _gpu. Finished runs are skipped, stopped ones are resumed.
+# --stem imagenet. Runs and table go to runs/best$TAG/. Give every other recipe a TAG, such as _gpu.
+# Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt
 source scripts/once.sh # environment.sh has entered the repository

@@ -4,9 +4,9 @@
 #     bash scripts/controls.sh TEACHER [SEED ...]
 #
 # TEACHER is a weight file. The students are those of scripts/cpu.sh; on a GPU, use EPOCHS=50
-# RECIPE="--stem cifar" for the default recipe. DMKD_DATA is the folder of both data sets. Runs go to
-# runs/controls$TAG/ and the table to results/controls$TAG/. Give every other recipe a TAG, such as
-# _gpu. Finished runs are skipped, stopped ones are resumed.
+# RECIPE="--stem cifar" for the default recipe. DMKD_DATA is the folder of both data sets. Runs and
+# table go to runs/controls$TAG/. Give every other recipe a TAG, such as _gpu. Finished runs are
+# skipped, stopped ones are resumed.
 set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift

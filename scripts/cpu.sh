@@ -5,8 +5,9 @@
 #
 # Needs CIFAR-10 and CIFAKE (README, "Install"), 2 GB of memory, and one to two hours. Each run
 # prints a forecast of its time after the first steps. DMKD_DATA=FOLDER names a folder with both data
-# sets; the default is where the scripts expect them. TAG=_off RECIPE="--amp off" makes another
-# table, in results/cpu_off. Finished runs are skipped, stopped ones are resumed.
+# sets; the default is where the scripts expect them. Runs, plots, networks and table go to
+# runs/cpu$TAG/; TAG=_off RECIPE="--amp off" makes others, in runs/cpu_off/. Finished runs are
+# skipped, stopped ones are resumed.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt
 source scripts/once.sh # environment.sh has entered the repository

@@ -5,14 +5,13 @@
 #     bash scripts/fidelity.sh toy      the same commands at toy sizes, on a CPU, to check them
 #
 # DMKD_DATA is the folder of both data sets. GUIDANCE, STEPS, SEEDS and COUNTS, lists in quotes, choose
-# other points. Everything goes to runs/fidelity/, and the table and the plot to results/fidelity/.
-# Finished runs are skipped, stopped ones are resumed.
+# other points. Everything goes to runs/fidelity/. Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements-generate.txt
 source scripts/once.sh # environment.sh has entered the repository
 
 if [ "${1:-}" = toy ]; then
-    top=runs/fidelity-toy results=runs/fidelity-toy/results
+    top=runs/fidelity-toy
     guidance=${GUIDANCE:-1 2} steps=${STEPS:-2} seeds=${SEEDS:-0} counts=${COUNTS:-20 40}
     per_class=4 larger=8 larger_steps=2
     generator="--epochs 1 --channels 8 --layers 1 --batch_size 50 --limit 100 --device cpu"
@@ -23,7 +22,7 @@ if [ "${1:-}" = toy ]; then
     updates=4 batch=20
     measure="--limit 100 --neighbours 24 --device cpu"
 else
-    top=runs/fidelity results=results/fidelity
+    top=runs/fidelity
     guidance=${GUIDANCE:-1 1.5 2 3 4 6} steps=${STEPS:-10 50 100} seeds=${SEEDS:-0 1 2}
     counts=${COUNTS:-10000 50000 200000 500000}
     per_class=5000 larger=50000 larger_steps=50
@@ -88,4 +87,4 @@ for count in $counts; do
     done
 done
 
-python scripts/plot_fidelity.py $top $results
+python scripts/plot_fidelity.py $top $top

@@ -8,9 +8,9 @@
 # often. The students are those of scripts/cpu.sh; on a GPU, use EPOCHS=50 RECIPE="--stem cifar" for
 # the default recipe. WEAK are the epochs of the weaker teachers, LENGTHS those of students that
 # train longer or shorter. ENSEMBLE can name several weight files, which then form an ensemble.
-# DMKD_DATA is the folder of both data sets. Runs go to runs/findings$TAG/ and runs/controls$TAG/,
-# and the table to results/findings$TAG/. Give every other recipe or teacher a TAG, such as _gpu.
-# Finished runs are skipped, stopped ones are resumed.
+# DMKD_DATA is the folder of both data sets. Runs and table go to runs/findings$TAG/, the student to
+# compare with to runs/controls$TAG/. Give every other recipe or teacher a TAG, such as _gpu. Finished
+# runs are skipped, stopped ones are resumed.
 set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift

@@ -12,9 +12,9 @@ fast="--arch airbench94 --optimizer muon --momentum 0.6 --weight_decay 0.005 --s
     --augment reflect"
 fast_teacher="$fast --batch_size 1000 --lr 0.24" fast_student="$fast --batch_size 250 --lr 0.12"
 
-# experiment NAME: its runs go to runs/NAME$TAG/, its table to results/NAME$TAG/.
+# experiment NAME: its runs and their table go to runs/NAME$TAG/.
 experiment() {
-    runs=runs/$1${TAG:-} results=results/$1${TAG:-}
+    runs=runs/$1${TAG:-}
 }
 
 # once RUN SCRIPT FLAGS...
@@ -42,5 +42,5 @@ student() {
 # summary [RUN ...]: the table of these runs, or of all runs of the experiment.
 summary() {
     [ $# -gt 0 ] || set -- "$runs"/*/
-    python scripts/summarize.py "$results" "$@"
+    python scripts/summarize.py "$runs" "$@"
 }

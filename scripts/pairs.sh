@@ -4,8 +4,8 @@
 #     bash scripts/pairs.sh [SEED ...]
 #
 # TEACHER and STUDENT are the flags of every teacher and of every student. Their defaults are for a
-# GPU. Each teacher is trained once, with seed 0. Runs go to runs/pairs$TAG/ and the table to
-# results/pairs$TAG/. Finished runs are skipped, stopped ones are resumed.
+# GPU. Each teacher is trained once, with seed 0. Runs and table go to runs/pairs$TAG/. Finished runs
+# are skipped, stopped ones are resumed.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt
 source scripts/once.sh # environment.sh has entered the repository

@@ -1,10 +1,10 @@
 """The table and the plots of scripts/fidelity.sh, from the runs that are finished.
 
-    python scripts/plot_fidelity.py runs/fidelity results/fidelity
+    python scripts/plot_fidelity.py runs/fidelity runs/fidelity
 
-Writes fidelity.csv, one row per student; table.md, one row per set of images and teacher;
-counts.csv; and fidelity.png: the students' accuracy over the teacher's accuracy on the images, over
-guidance, and over the number of images. Accuracies are the last epoch's.
+Writes to the second folder: fidelity.csv, one row per student; table.md, one row per set of images
+and teacher; counts.csv; and fidelity.png: the students' accuracy over the teacher's accuracy on the
+images, over guidance, and over the number of images. Accuracies are the last epoch's.
 """
 
 import csv
@@ -28,9 +28,9 @@ from plots import read_metrics
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
-    parser = flags.Parser(__doc__, "RUNS RESULTS")
+    parser = flags.Parser(__doc__, "RUNS OUTPUT")
     parser.add_argument("runs", type=Path, metavar="RUNS", help="the folder of all its runs")
-    parser.add_argument("output", type=Path, metavar="RESULTS", help="a folder, new or not")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="a folder, new or not")
     return parser.parse_args(argv)
 
 

@@ -1,6 +1,6 @@
 """Our student's curve over the one that the earlier re-implementation printed.
 
-    python scripts/plot_reproduction.py results/reproduction/student_*
+    python scripts/plot_reproduction.py runs/reproduction/student-*/
 
 Writes over_the_published_curve.png beside the folders.
 """

@@ -3,9 +3,8 @@
 #
 #     bash scripts/reproduce.sh [START [SEED ...]]     START: imagenet, random or a weight file
 #
-# Needs the data (README, "Install"). Each seed has a teacher and a student, in
-# runs/reproduction$TAG/; the table goes to results/reproduction$TAG/. Finished runs are skipped,
-# stopped ones are resumed.
+# Needs the data (README, "Install"). Each seed has a teacher and a student. Runs and table go to
+# runs/reproduction$TAG/. Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
 start=${1:-imagenet}
 shift || true
@@ -21,4 +20,4 @@ for seed in ${*:-0 1 2}; do
     student "student-$name" --teacher_weights "$runs/teacher-$name-$seed.pth"
 done
 summary
-python scripts/plot_reproduction.py "$results"/student-*
+python scripts/plot_reproduction.py "$runs"/student-*/

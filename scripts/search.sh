@@ -7,8 +7,8 @@
 # and on five shifted copies of each (brighter, less saturated, blurred, JPEG, sharper). The test
 # accuracy is also in summary.csv and decides nothing. The last settings are for other searches:
 # augmentations in longer runs, and optimizers for a ResNet18. EPOCHS, IMAGES and SETTINGS (names from
-# below) shorten or lengthen it. DMKD_DATA is the folder of both data sets. TAG marks the folders of
-# another search. Finished runs are skipped, stopped ones are resumed.
+# below) shorten or lengthen it. DMKD_DATA is the folder of both data sets. Runs and table go to
+# runs/search$TAG/. Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift

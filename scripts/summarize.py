@@ -1,8 +1,10 @@
-"""Copy the tables of finished runs to results/, and summarise them in a CSV and a plot.
+"""Summarise finished runs in a CSV and a plot.
 
-    python scripts/summarize.py results/controls runs/controls/*/
+    python scripts/summarize.py runs/controls runs/controls/*/      # as scripts/controls.sh does
+    python scripts/summarize.py results/controls runs/controls/*/   # to publish them
 
-A run's folder is named SETTING-SEED. Its config.json, metrics.csv and per_class.csv are copied.
+A run's folder is named SETTING-SEED. The config.json, metrics.csv and per_class.csv of a run that
+is elsewhere are copied.
 summary.csv has one row per setting: the number of seeds, the teacher's accuracy, mean and sample
 standard deviation of the last epoch's accuracy, the mean of the best epochs (picked on the test
 set), other columns of the last epoch, the minutes of a run, hardware and commit. The minutes count
@@ -33,16 +35,21 @@ ENDS = {"train_agreement": 2, "val_kd_loss": 4, "val_agreement": 2}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
-    parser = flags.Parser(__doc__, "RESULTS RUN [RUN ...]")
-    parser.add_argument("output", type=Path, metavar="RESULTS", help="a folder, new or not")
+    parser = flags.Parser(__doc__, "OUTPUT RUN [RUN ...]")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="a folder, new or not")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
     return parser.parse_args(argv)
 
 
 def main(args: Namespace) -> None:
     settings: dict[str, list[dict]] = {}
+    named: dict[str, dict] = {}
     for folder in args.runs:
         config = read_config(folder)
+        if named.setdefault(folder.name, config) is not config:
+            if named[folder.name] == config:
+                continue  # a copy: it counts once
+            raise UserError(f"{folder}: another run has this name, too")
         metrics = read_metrics(folder) if (folder / "metrics.csv").exists() else None
         if metrics is None or metrics["epoch"][-1] != config["epochs"]:
             print(f"{folder} is not finished: left out")

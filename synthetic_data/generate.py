@@ -62,7 +62,7 @@ Draw = Callable[[range], Tensor]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
-    parser = flags.Parser(__doc__)
+    parser = flags.Parser(__doc__, "--pipeline NAME --output DIR")
     add = parser.add_argument_group("model").add_argument
     add("--pipeline", choices=tuple(MODELS), required=True, help="what makes the images")
     # fmt: off
@@ -86,7 +86,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         help="1 is none; with a higher one, images are more typical and less varied [%(default)s]")
     add("--steps", type=flags.int_in(1, 1000), default=50, metavar="N",
         help="evaluations of the network per image, doubled by guidance [%(default)s]")
-    add("--seed", type=flags.int_in(0, 2**32 - 1), default=0, metavar="N", help="[%(default)s]")
+    add("--seed", type=flags.int_in(0, 2**32 - 1), default=0, metavar="N",
+        help="seed of the images' noise [%(default)s]")
     add = parser.add_argument_group("run").add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="the folder of the set")
     add("--overwrite", action="store_true", help="delete the set in --output first")

@@ -49,7 +49,7 @@ RESULTS = ("measures.json", "nearest.png")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
-    parser = flags.Parser(__doc__, "IMAGES")
+    parser = flags.Parser(__doc__, "--output DIR IMAGES")
     parser.add_argument("images", type=Path, metavar="IMAGES", help="a folder with CIFAKE's names")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for the results")
     parser.add_argument(

@@ -46,8 +46,8 @@ KINDS = ("subset", *JUDGED, *SPOILT)
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = flags.Parser(__doc__, "KIND FOLDER")
     add = parser.add_argument
-    add("kind", choices=KINDS, help="see above")
-    add("folder", type=Path, help="the new folder")
+    add("kind", choices=KINDS, metavar="KIND", help="see above")
+    add("folder", type=Path, metavar="FOLDER", help="the new folder")
     # fmt: off
     add("--synthetic_data_dir", type=Path, default=Path("synthetic_data/cifake_train_fake"),
         metavar="DIR",

@@ -139,9 +139,11 @@ def test_synthetic_images(student, cifake, workdir):
     student("--batch_size 8 is more than the 5 training images", limit=5)
 
 
-def test_teachers(student, workdir):
+def test_teachers(student, workdir, capsys):
     student("no teacher at nobody.pth: make one with", teacher_weights="nobody.pth")
     student("no teacher at data: make one with", teacher_weights="data")
+    command = r"`python fine_tune_teacher_cifar10.py --demo`"
+    assert command in fails(student_script, ["--demo"], capsys)[1]
     student("no teacher at other.pth: make", teacher_weights=["teacher.pth", "other.pth"])
     (workdir / "text.pth").write_text("I am a teacher")
     student("text.pth is not a weight file, or not a safe one", teacher_weights="text.pth")

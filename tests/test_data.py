@@ -216,6 +216,11 @@ def test_what_is_no_regular_file_is_named_and_never_waited_for(kind, cifake):
     assert len(load_cifake(cifake, limit=40)) == 40  # its name is enough
 
 
+def test_a_picture_that_is_not_there_is_told_from_a_bad_one(tmp_path):
+    with pytest.raises(UserError, match=r"picture.jpg: no such file"):
+        load_image(tmp_path / "picture.jpg")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read all")
 def test_a_file_that_may_not_be_read_is_named(cifake):
     (cifake / "2000.jpg").touch(mode=0)

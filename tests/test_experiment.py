@@ -225,6 +225,18 @@ def test_every_part_of_a_run_tells_its_own_story(workdir):
     assert [part["from_epoch"] for part in exported] == [1, 1, 2]
 
 
+def test_a_finished_run_that_is_resumed_gets_no_further_part(workdir, capsys):
+    with make_run(epochs=1) as made:
+        log(made, 40.0)
+        made.finish()
+    before = read_config(made.folder)
+    with resumed(made.folder, epochs=1) as again:
+        assert list(again.epochs()) == []
+        again.finish()
+    assert read_config(made.folder) == before
+    assert "note: all its epochs are done" in capsys.readouterr().out
+
+
 def test_another_precision_is_mentioned_when_a_run_is_resumed(workdir, capsys):
     with make_run() as made:
         log(made, 40.0)
@@ -352,7 +364,8 @@ def stopped(workdir) -> Path:
 
 
 def test_a_run_is_not_resumed_with_another_teacher(stopped):
-    with pytest.raises(UserError, match="cannot be resumed: teacher_sha256 was aaaa, is bbbb"):
+    problem = "cannot be resumed with other files: teacher_sha256 was aaaa, is bbbb"
+    with pytest.raises(UserError, match=problem):
         resumed(stopped, must_match={"teacher_sha256": "bbbb"})
 
 

@@ -9,6 +9,7 @@ import main_train_cifar10 as student_script
 from experiment.flags import as_typed
 from experiment.folder import FORMAT
 from imagenet import main_train_imagenet as imagenet_script
+from synthetic_data import generate
 
 SHARED = {"batch_size": 128, "momentum": 0.9, "nesterov": False, "seed": 0}
 SHARED |= {"arch": "resnet18", "stem": "cifar", "augment": "crop", "mixup": 0, "cutmix": 0}
@@ -74,6 +75,14 @@ def test_help_shows_every_flag_with_its_default(script, capsys):
         (entry,) = (e for e in entries if re.match(rf"--{flag}[ ,\n]", e))
         if default is not None and default is not False:
             assert f"[{as_typed(default)}]" in " ".join(entry.split())
+
+
+def test_help_begins_with_the_command_as_it_was_typed(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["synthetic_data/generate.py"])
+    with pytest.raises(SystemExit):
+        generate.parse_args(["--help"])
+    usage = "usage: python synthetic_data/generate.py [flags] --pipeline NAME --output DIR\n"
+    assert capsys.readouterr().out.startswith(usage)
 
 
 @pytest.mark.parametrize(

@@ -243,7 +243,7 @@ def test_several_teachers_are_one(workdir, demo_teacher, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             flags = ["--run_dir", "stopped", "--output", "stopped.pth"]
             run_student("--teacher_weights", *both, *flags)
-    with pytest.raises(UserError, match="cannot be resumed: teacher_sha256 was"):
+    with pytest.raises(UserError, match="cannot be resumed with other files: teacher_sha256 was"):
         resume(student_script, "stopped", "--teacher_weights", "other.pth")
     resume(student_script, "stopped")
     assert_equal_weights("stopped.pth", "both.pth")

@@ -1,0 +1,74 @@
+"""scripts/summarize.py, on made runs."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from experiment.errors import UserError
+from scripts import summarize
+
+
+def made_run(folder: str, accuracy: float, epochs: int = 2, seconds: float = 90.0) -> None:
+    path = Path(folder)
+    path.mkdir(parents=True)
+    part = {"hardware": "CPU, 1 thread", "git_commit": "abc", "seconds": seconds}
+    config = {"args": {"epochs": epochs}, "parts": [part], "teacher_accuracy": 93.0}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "metrics.csv").write_text(
+        "epoch,train_loss,train_agreement,test_loss,test_accuracy\n"
+        f"1,2,50,2,{accuracy + 1}\n2,1,60,1,{accuracy}\n"
+    )
+
+
+def summary(*argv: str) -> list[dict[str, str]]:
+    summarize.main(summarize.parse_args(argv))
+    with open(Path(argv[0], "summary.csv"), newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_row_for_each_setting_has_the_last_epochs_of_its_seeds(workdir):
+    made_run("runs/kd-0", 70)
+    made_run("runs/kd-1", 74, seconds=150)
+    made_run("runs/labels-0", 40)
+    made_run("runs/labels-1", 44, epochs=3)  # stopped after two
+    both, one = summary("runs", "runs/kd-0/", "runs/kd-1", "runs/labels-0", "runs/labels-1")
+    assert (both["setting"], both["n"], both["teacher"]) == ("kd", "2", "93.00")
+    assert (both["last_mean"], both["last_std"], both["best_mean"]) == ("72.00", "2.83", "73.00")
+    assert (both["train_agreement"], both["minutes"], both["commit"]) == ("60.00", "2.00", "abc")
+    assert (one["setting"], one["n"], one["last_mean"], one["last_std"]) == (
+        "labels",
+        "1",
+        "40.00",
+        "",
+    )
+    assert Path("runs/summary.png").stat().st_size > 1000
+
+
+def test_runs_that_are_elsewhere_are_copied_and_a_copy_counts_once(workdir):
+    made_run("runs/kd-0", 70)
+    assert summary("results", "runs/kd-0")[0]["n"] == "1"
+    assert sorted(p.name for p in Path("results/kd-0").iterdir()) == ["config.json", "metrics.csv"]
+    (row,) = summary("results", "runs/kd-0", "results/kd-0")
+    assert (row["n"], row["last_std"]) == ("1", "")
+
+
+def test_two_runs_of_one_name_are_refused(workdir):
+    made_run("runs/kd-0", 70)
+    made_run("others/kd-0", 71, seconds=80)
+    with pytest.raises(UserError, match="others/kd-0: another run has this name, too"):
+        summary("results", "runs/kd-0", "others/kd-0")
+
+
+def test_what_is_no_run_is_named(workdir):
+    Path("runs/kd-0").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"runs/kd-0/config\.json"):
+        summary("results", "runs/kd-0")
+    made_run("runs/kd-1", 70)
+    Path("runs/kd-1/config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"runs/kd-1/config\.json is not the config\.json of a run"):
+        summary("results", "runs/kd-1")
+    shutil.rmtree("runs")
+    assert not Path("results").exists()
