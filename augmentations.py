@@ -118,41 +118,23 @@ AUGMENTATIONS = {
     "rrc_jitter": (draw_resized_crop_and_jitter, resized_crop_and_jitter),
 }
 
-# ------------------------------------------------------------------- two images: mixup and CutMix
+# ------------------------------------------------------------------------------ two images: mixup
 
 
-def draw_mixes(batches: int, alpha: float) -> tuple[Tensor, Tensor]:
-    """For each batch: the share `lam` of the first image, from Beta(alpha, alpha), and a centre."""
-    lam = torch.distributions.Beta(alpha, alpha).sample((batches,))
-    return lam, torch.rand(batches, 2)
+def draw_shares(batches: int, alpha: float) -> Tensor:
+    """For each batch the share of the first image, from Beta(alpha, alpha): float (batches,)."""
+    return torch.distributions.Beta(alpha, alpha).sample((batches,))
 
 
-def mixup(images: Tensor, lam: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """Blend each image with the one before it in the batch; `lam`, (), is its own share.
+def mixup(images: Tensor, share: Tensor) -> Tensor:
+    """Blend each image with the one before it in the batch; `share`, (), is its own.
 
-    Zhang et al. 2018, arXiv 1710.09412. Returns the images, (B, 3, H, W), and `lam`.
+    images: float (B, 3, H, W). Zhang et al. 2018, arXiv 1710.09412.
     """
-    return lam * images + (1 - lam) * images.roll(1, 0), lam
+    return share * images + (1 - share) * images.roll(1, 0)
 
 
-def cutmix(images: Tensor, lam: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """Put a box of the image before it in the batch into each image.
-
-    The box has an area of 1 - lam and its centre at `centre`, (2,), as a fraction of height and
-    width. It is clipped at the border (Yun et al. 2019, arXiv 1905.04899). Returns the images,
-    (B, 3, H, W), and the share of each that is its own.
-    """
-    reach = (1 - lam).sqrt() / 2
-    rows, columns = (
-        ((torch.arange(size, device=images.device) + 0.5) / size - middle).abs() < reach
-        for size, middle in zip(images.shape[2:], centre, strict=True)
-    )
-    box = rows[:, None] & columns  # (H, W)
-    mixed = torch.where(box, images.roll(1, 0), images)  # on CUDA, roll returns NCHW
-    return mixed.contiguous(memory_format=torch.channels_last), 1 - box.float().mean()
-
-
-def mix_labels(labels: Tensor, lam: Tensor, classes: int) -> Tensor:
-    """int64 (B,) -> float (B, classes): `lam` of the own label, the rest of the one before it."""
+def mix_labels(labels: Tensor, share: Tensor, classes: int) -> Tensor:
+    """int64 (B,) -> float (B, classes): `share` of the own label, the rest of the one before it."""
     own = F.one_hot(labels, classes).float()
-    return lam * own + (1 - lam) * own.roll(1, 0)
+    return share * own + (1 - share) * own.roll(1, 0)

@@ -148,9 +148,9 @@ class FolderLoader:
 
     A seed gives the same views with any number of workers and ranks: the order, and a seed for each
     view, are drawn from PyTorch's CPU generator when an epoch begins. `batch_size` is the global
-    one: each rank gets its slice of every training batch, or of the images in order. `train`,
-    `mixup` and `cutmix` are as in data.DeviceLoader, but images are mixed within a rank. `labels`
-    has the labels of all images.
+    one: each rank gets its slice of every training batch, or of the images in order. `train`
+    and `mixup` are as in data.DeviceLoader, but images are mixed within a rank. `labels` has the
+    labels of all images.
 
     `workers` processes decode to uint8, a quarter of the bytes; with 0, this process does. Errors:
     UserError that names an image which cannot be read, or reports a killed worker.
@@ -165,13 +165,11 @@ class FolderLoader:
         workers: int = 0,
         size: int = 224,
         mixup: float = 0.0,
-        cutmix: float = 0.0,
     ) -> None:
         if train:
             check_batch_size(batch_size, len(files))
         self.batch_size, self.device, self.train = batch_size, torch.device(device), train
-        self.alpha = mixup or cutmix
-        self.mix = augmentations.mixup if mixup else augmentations.cutmix if cutmix else None
+        self.mixup = mixup if train else 0.0
         self.classes, self.labels = len(files.classes), files.labels.to(self.device)
         statistics = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=self.device)
         self.mean, self.std = 255 * statistics.view(2, 3, 1, 1)
@@ -193,17 +191,15 @@ class FolderLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.schedule[:] = self._training_schedule() if self.train else self._test_schedule()
-        mix = self.mix if self.train else None
-        if mix:
-            draws = augmentations.draw_mixes(len(self), self.alpha)
-            draws = [values.to(self.device) for values in draws]
+        if self.mixup:
+            shares = augmentations.draw_shares(len(self), self.mixup).to(self.device)
         for i, (images, labels) in enumerate(self._decoded()):
             images, labels = (x.to(self.device, non_blocking=True) for x in (images, labels))
             images = images.to(torch.float32, memory_format=torch.channels_last)
             images.sub_(self.mean).div_(self.std)
-            if mix:
-                images, lam = mix(images, *(values[i] for values in draws))
-                labels = augmentations.mix_labels(labels, lam, self.classes)
+            if self.mixup:
+                images = augmentations.mixup(images, shares[i])
+                labels = augmentations.mix_labels(labels, shares[i], self.classes)
             yield images, labels
 
     def _training_schedule(self) -> list[tuple[np.ndarray, np.ndarray]]:

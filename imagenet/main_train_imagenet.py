@@ -104,8 +104,8 @@ def main(args: Namespace) -> None:
         print(f"{check_data(train_files)}\n{check_data(test_files)}")
         return
     reading = dict(workers=args.workers, size=args.image_size)
-    mix = dict(mixup=args.mixup, cutmix=args.cutmix)
-    train_loader = FolderLoader(train_files, args.batch_size, device, True, **reading, **mix)
+    batch_size, mixup = args.batch_size, args.mixup
+    train_loader = FolderLoader(train_files, batch_size, device, True, mixup=mixup, **reading)
     test_loader = FolderLoader(test_files, args.batch_size, device, False, **reading)
 
     # teacher and student, optimizer, scheduler

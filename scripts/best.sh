@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The long recipe: a teacher of 200 epochs, and a student of 600 with CutMix and strong augmentation.
+# The long recipe: a teacher of 200 epochs, and a student of 600 with mixup and strong augmentation.
 #
 #     bash scripts/best.sh [SEED ...]
 #
@@ -11,7 +11,7 @@ source "$(dirname "$0")/environment.sh" requirements.txt
 source scripts/once.sh # environment.sh has entered the repository
 experiment best
 # shellcheck disable=SC2206
-recipe=("${both[@]}" --epochs "${EPOCHS:-600}" --scheduler cosine --cutmix 1 --augment rrc_jitter
+recipe=("${both[@]}" --epochs "${EPOCHS:-600}" --scheduler cosine --mixup 1 --augment rrc_jitter
     ${RECIPE:-})
 
 # shellcheck disable=SC2086

@@ -12,7 +12,7 @@ source scripts/once.sh # environment.sh has entered the repository
 experiment pairs
 teacher=${TEACHER:---epochs 200 --optimizer sgd --nesterov --lr 0.1 --weight_decay 5e-4 --scheduler cosine}
 # shellcheck disable=SC2206
-recipe=("${both[@]}" ${STUDENT:---epochs 400 --scheduler cosine --cutmix 1 --augment rrc_jitter})
+recipe=("${both[@]}" ${STUDENT:---epochs 400 --scheduler cosine --mixup 1 --augment rrc_jitter})
 
 pair() { # pair TEACHER STUDENT
     # shellcheck disable=SC2086

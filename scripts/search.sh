@@ -31,7 +31,6 @@ for seed in ${*:-0}; do
     setting crop --augment crop
     setting rrc_jitter --augment rrc_jitter
     setting mixup --mixup 1
-    setting cutmix --cutmix 1
     setting batch_125 --batch_size 125 --lr 0.085
     setting batch_250 --batch_size 250 --lr 0.12
     setting batch_500 --batch_size 500 --lr 0.17
@@ -46,7 +45,6 @@ for seed in ${*:-0}; do
     setting batch_250_mixup --batch_size 250 --lr 0.12 --mixup 1
     setting batch_250_rrc_jitter --batch_size 250 --lr 0.12 --augment rrc_jitter
     setting batch_250_both --batch_size 250 --lr 0.12 --mixup 1 --augment rrc_jitter
-    setting batch_250_cutmix --batch_size 250 --lr 0.12 --cutmix 1
     # optimizers for a ResNet18
     setting resnet18_muon --arch resnet18 --batch_size 250 --lr 0.12
     setting resnet18_muon_warmup --arch resnet18 --batch_size 250 --lr 0.12 --warmup 0.1

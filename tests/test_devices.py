@@ -38,7 +38,6 @@ def test_the_guard_finds_float64():
         ("adam", {"augment": "reflect"}),
         ("muon", {"augment": "rrc_jitter"}),
         ("sgd", {"mixup": 1.0}),
-        ("sgd", {"cutmix": 1.0}),
     ],
 )
 def test_nothing_on_the_path_of_the_device_is_float64(optimizer, augmentation):

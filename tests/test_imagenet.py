@@ -99,7 +99,7 @@ def test_a_student_learns_from_folders(workdir, tiny, capsys, monkeypatch):
 @pytest.mark.slow
 def test_it_resumes_bit_for_bit(workdir, tiny, monkeypatch):
     monkeypatch.setattr(script, "plot_run", lambda folder: None)
-    flags = [*tiny, "--cutmix", 1]
+    flags = [*tiny, "--mixup", 1]
     student(*flags, "--run_dir", "unbroken", "--output", "unbroken.pth")
     epochs = iter([script.train_one_epoch])  # and then none
 

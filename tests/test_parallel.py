@@ -37,7 +37,7 @@ RANDOM_TEACHER = [*SMALL, "--teacher_weights", "random"]
 # What two ranks have to do as one does: the script, see two_ranks.py, and its flags.
 RUNS = {
     "sgd": ("main_train_cifar10", *RANDOM_TEACHER, "--lr", "0.001"),
-    "cutmix": ("main_train_cifar10", *RANDOM_TEACHER, "--lr", "0.001", "--cutmix", "1"),
+    "mixup": ("main_train_cifar10", *RANDOM_TEACHER, "--lr", "0.001", "--mixup", "1"),
     "muon, mixup": (
         *("main_train_cifar10", *RANDOM_TEACHER, "--optimizer", "muon", "--lr", "0.01"),
         *("--momentum", "0.6", "--scheduler", "linear", "--augment", "reflect", "--mixup", "1"),
@@ -118,7 +118,7 @@ def wait_for_an_epoch(two: Process | subprocess.Popen, folder: str) -> None:
 
 @pytest.mark.slow
 def test_a_stopped_job_is_resumed_by_another_number_of_ranks(workdir):
-    run = RUNS["cutmix"]
+    run = RUNS["mixup"]
     two = Process(DRIVER, json.dumps([named(run, "two", epochs=8)]), ranks=2)
     wait_for_an_epoch(two, "two")
     two.send_signal(signal.SIGTERM)
@@ -202,7 +202,6 @@ def test_every_row_has_one_rank(n, ranks, monkeypatch):
         (True, {"augment": "reflect", "seed": 3}),
         (True, {"augment": "rrc_jitter"}),
         (True, {"mixup": 0.5}),
-        (True, {"cutmix": 1.0}),
         (False, {}),
     ],
 )

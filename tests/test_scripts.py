@@ -281,10 +281,10 @@ def test_the_seed_decides_everything(workdir, demo_teacher):
         *(
             pytest.param(name, flags, marks=pytest.mark.slow)
             for name, flags in (
-                ("teacher", "--cutmix 1 --augment rrc_jitter --scheduler onecycle"),
+                ("teacher", "--mixup 1 --augment rrc_jitter --scheduler onecycle"),
                 (
                     "student",
-                    "--cutmix 1 --augment rrc_jitter --scheduler cosine --holdout 15",
+                    "--mixup 1 --augment rrc_jitter --scheduler cosine --holdout 15",
                 ),
                 ("student", "--hard_labels --mixup 0.4"),
                 ("student", "--optimizer muon --augment reflect --scheduler linear --warmup 0.2"),
