@@ -103,10 +103,9 @@ def main(args: Namespace) -> None:
     if args.check_data:
         print(f"{check_data(train_files)}\n{check_data(test_files)}")
         return
-    reading = dict(workers=args.workers, size=args.image_size)
-    batch_size, mixup = args.batch_size, args.mixup
-    train_loader = FolderLoader(train_files, batch_size, device, True, mixup=mixup, **reading)
-    test_loader = FolderLoader(test_files, args.batch_size, device, False, **reading)
+    reading = dict(batch_size=args.batch_size, workers=args.workers, size=args.image_size)
+    train_loader = FolderLoader(train_files, device=device, train=True, mixup=args.mixup, **reading)
+    test_loader = FolderLoader(test_files, device=device, train=False, **reading)
 
     # teacher and student, optimizer, scheduler
     seed_everything(args.seed)
