@@ -58,7 +58,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def main(args: Namespace) -> None:
-    device, amp = pick_device(args.device, args.amp, args.sync_bn)
+    device, amp = pick_device(args.device, args.amp)
     parallel.init_process_group(device)
 
     # data
@@ -86,7 +86,7 @@ def main(args: Namespace) -> None:
         if args.init == "random" and isinstance(teacher, Airbench):
             teacher.whiten(normalize(train_set.images[:WHITENING_IMAGES]))
     teacher.to(device)
-    distributed = parallel.distribute(teacher, args.sync_bn)  # `teacher` itself without torchrun
+    distributed = parallel.distribute(teacher)  # `teacher` itself without torchrun
     optimizer = build_optimizer(teacher, args)
     scheduler = build_scheduler(optimizer, args, args.epochs * len(train_loader))
 

@@ -12,9 +12,7 @@ from experiment import parallel
 from experiment.errors import UserError
 
 
-def pick_device(
-    name: str, amp: str, sync_batchnorm: bool = False
-) -> tuple[torch.device, torch.dtype | None]:
+def pick_device(name: str, amp: str) -> tuple[torch.device, torch.dtype | None]:
     """The device to run on, and the dtype of autocast; None stands for plain float32.
 
     `name` is auto (the accelerator that PyTorch finds, else the CPU), cpu, cuda, cuda:N, mps, xpu
@@ -37,8 +35,6 @@ def pick_device(
             raise UserError(f"--device {name}: PyTorch finds {count} {device.type} devices here")
     if device.type == "cuda":
         _prepare_cuda(device)
-    elif sync_batchnorm:
-        raise UserError("--sync_bn needs CUDA GPUs")
     keep_freed_memory()
     return device, _autocast_dtype(device, amp)
 

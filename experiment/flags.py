@@ -15,7 +15,6 @@ from typing import NoReturn
 
 import torch
 
-from experiment import parallel
 from experiment.errors import one_line
 
 # ------------------------------------------------------------------------------------- the parser
@@ -218,11 +217,8 @@ def add_run_flags(parser: Parser, name: str, output: str) -> None:
         "scaling on older CUDA GPUs, else off [%(default)s]")
     add("--no_cuda_graph", action="store_true",
         help="on CUDA, launch every kernel from Python instead of replaying a CUDA graph")
-    add("--sync_bn", action="store_true",
-        help="with torchrun on GPUs: BatchNorm over the whole batch, not each process's slice")
     add("--run_dir", type=Path, metavar="DIR", help=f"new folder of the run [runs/{name}-001, ...]")
     add("--resume", type=Path, metavar="DIR", help="resume the run in DIR, with its flags")
     add("--output", type=Path, default=Path(output), metavar="FILE",
         help="the finished network [%(default)s]")
     # fmt: on
-    parser.add_need("sync_bn", "torchrun", lambda a: parallel.world_size() > 1)

@@ -83,16 +83,14 @@ def leave_process_group() -> None:
         dist.destroy_process_group()
 
 
-def distribute(model: nn.Module, sync_batchnorm: bool = False) -> nn.Module:
+def distribute(model: nn.Module) -> nn.Module:
     """Wrap `model` in DistributedDataParallel; returns `model` itself on one process.
 
-    Training calls the wrapper; `model` itself is saved and tested. BatchNorm uses the
-    statistics of each rank's own slice of the batch or, with `sync_batchnorm`, of the whole batch.
+    Training calls the wrapper; `model` itself is saved and tested. BatchNorm uses the statistics
+    of each rank's own slice of the batch.
     """
     if world_size() == 1:
         return model
-    if sync_batchnorm:
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer PyTorch renames broadcast_buffers
         return DistributedDataParallel(model, broadcast_buffers=False)

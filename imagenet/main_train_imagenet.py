@@ -95,7 +95,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def main(args: Namespace) -> None:
-    device, amp = pick_device(args.device, args.amp, args.sync_bn)
+    device, amp = pick_device(args.device, args.amp)
     parallel.init_process_group(device)
 
     # data: the student trains on synthetic images, and is tested on real ones
@@ -110,7 +110,7 @@ def main(args: Namespace) -> None:
     # teacher and student, optimizer, scheduler
     seed_everything(args.seed)
     student = build_model(args.arch, "imagenet", args.num_classes).to(device)
-    distributed = parallel.distribute(student, args.sync_bn)  # `student` itself without torchrun
+    distributed = parallel.distribute(student)  # `student` itself without torchrun
     with parallel.rank_zero_first():
         teacher, teacher_sha256, files = load_teacher(args)
     teacher = teacher.to(device).eval().requires_grad_(False)

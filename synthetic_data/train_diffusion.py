@@ -79,7 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 def main(args: Namespace) -> None:
     if parallel.world_size() > 1:
         raise UserError("one process trains the generator: start it with python")
-    device, amp = pick_device(args.device, args.amp, args.sync_bn)
+    device, amp = pick_device(args.device, args.amp)
 
     # data
     load_real = REAL_SETS[args.dataset]

@@ -102,7 +102,6 @@ def test_help_begins_with_the_command_as_it_was_typed(capsys, monkeypatch):
         ("--warmup 0.1", "--warmup needs --scheduler linear"),
         ("--mixup 1e-300", "--mixup needs an ALPHA of 0 or from 0.001"),
         ("--mixup 9e-4", "--mixup needs an ALPHA of 0 or from 0.001"),
-        ("--sync_bn", "--sync_bn needs torchrun"),
     ],
 )
 def test_flags_that_would_do_nothing_are_refused(argv, message, capsys):

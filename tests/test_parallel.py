@@ -22,7 +22,6 @@ from two_ranks import make_divisible
 import main_train_cifar10 as student_script
 from data import DeviceLoader, ImageSet
 from experiment import errors, parallel
-from experiment.device import pick_device
 from experiment.errors import UserError, one_line_errors
 from experiment.files import load
 from experiment.folder import read_config
@@ -177,12 +176,6 @@ def test_rank_0_alone_looks_for_the_folder_and_has_the_first_word(monkeypatch, w
     with pytest.raises(SystemExit, match="error: rank 1: no disk"), one_line_errors():
         raise OSError("no disk")
     assert waited == [5]
-
-
-def test_sync_bn_needs_gpus(monkeypatch):
-    as_rank(monkeypatch, 1, 2)
-    with pytest.raises(UserError, match="--sync_bn needs CUDA GPUs"):
-        pick_device("cpu", "off", sync_batchnorm=True)
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 100])
