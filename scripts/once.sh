@@ -7,10 +7,12 @@ data=(--data_dir "$real") both=(--data_dir "$real" --synthetic_data_dir "$cifake
 
 # The recipes of the fast pair: small networks that a CPU trains in one to two hours. The student's comes
 # from scripts/search.sh.
+muon="--optimizer muon --momentum 0.6 --weight_decay 0.005 --scheduler linear --augment reflect"
+muon_student="$muon --batch_size 250 --lr 0.12"
 # shellcheck disable=SC2034
-fast="--arch airbench94 --optimizer muon --momentum 0.6 --weight_decay 0.005 --scheduler linear
-    --augment reflect"
-fast_teacher="$fast --batch_size 1000 --lr 0.24" fast_student="$fast --batch_size 250 --lr 0.12"
+fast="--arch airbench94 $muon" fast_student="--arch airbench94 $muon_student"
+# shellcheck disable=SC2034
+fast_teacher="$fast --batch_size 1000 --lr 0.24"
 
 # experiment NAME: its runs and their table go to runs/NAME$TAG/.
 experiment() {
