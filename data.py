@@ -56,15 +56,11 @@ BY_HAND = (
 
 @dataclass(frozen=True)
 class ImageSet:
-    """images: uint8 (N, 3, 32, 32), RGB; labels: int64 (N,), indices into `classes`.
-
-    `skipped` counts the files that were left out because they could not be used.
-    """
+    """images: uint8 (N, 3, 32, 32), RGB; labels: int64 (N,), indices into `classes`."""
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
-    skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.images)
@@ -183,14 +179,11 @@ def cifake_label(path: str) -> int:
     return int(match[1] or 1) - 1
 
 
-def load_cifake(
-    folder: str | Path, limit: int | None = None, skip_bad_images: bool = False
-) -> ImageSet:
+def load_cifake(folder: str | Path, limit: int | None = None) -> ImageSet:
     """The images in `folder`, sorted by name; with `limit`, the first `limit` of them.
 
-    Files are named as `cifake_label` expects, each name once. Hidden files are skipped. Any other
-    file is an error or, with `skip_bad_images`, is left out, counted and reported. Errors:
-    UserError that names the file.
+    Files are named as `cifake_label` expects, each name once. Hidden files are skipped, any other
+    file is an error. Errors: UserError that names the file.
     """
     names = visible(folder)
     if not names:
@@ -198,28 +191,16 @@ def load_cifake(
             f"there are no synthetic images in {folder}: {BY_HAND} {folder}; or `pip install "
             "kagglehub` and add --download_synthetic; --demo needs no data"
         )
-    images, labels, stems, bad = [], [], set(), []
-    with _silent():
-        for name in names:
-            path, stem = os.path.join(folder, name), os.path.splitext(name)[0]
-            try:
-                label = cifake_label(path)
-                if stem in stems:
-                    raise UserError(f"{path}: another file has this name and another extension")
-                stems.add(stem)
-                if limit is None or len(images) < limit:  # beyond it, only the names are checked
-                    images.append(_load_pixels(path))
-                    labels.append(label)
-            except UserError as error:
-                if not skip_bad_images:
-                    raise
-                bad.append(error)
-    if not images:
-        raise UserError(f"none of the {len(names)} files in {folder} can be used: {bad[0]}")
-    if bad:
-        print(f"skipped {len(bad)} of {len(names)} files in {folder}; the first: {bad[0]}")
+    paths = [os.path.join(folder, name) for name in names]
+    labels, stems = [cifake_label(path) for path in paths], set()
+    for path in paths:
+        if (stem := os.path.splitext(path)[0]) in stems:
+            raise UserError(f"{path}: another file has this name and another extension")
+        stems.add(stem)
+    with _silent():  # beyond the limit, only the names are checked
+        images = [_load_pixels(path) for path in paths[:limit]]
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (N, 3, 32, 32)
-    return ImageSet(pixels.contiguous(), torch.tensor(labels), CLASSES, len(bad))
+    return ImageSet(pixels.contiguous(), torch.tensor(labels[:limit]), CLASSES)
 
 
 def load_class_folders(

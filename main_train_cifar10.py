@@ -61,8 +61,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         "CIFAR-100, one folder per class [%(default)s]")
     add("--download_synthetic", action="store_true",
         help="first download CIFAKE to --synthetic_data_dir, with the optional package kagglehub")
-    add("--skip_bad_images", action="store_true",
-        help="leave out and count CIFAKE images that cannot be used, instead of stopping")
     add("--holdout", type=flags.int_in(0, 10**9), default=0, metavar="N",
         help="hold N training images out, to choose a recipe by the student's agreement with the "
         "teacher on them and on shifted copies of them [%(default)s]")
@@ -144,7 +142,6 @@ def main(args: Namespace) -> None:
     about = models.describe(student, test_set.classes)
     must_match = {
         "train_images": len(train_set),
-        "skipped_images": train_set.skipped,
         "test_images": len(test_set),
         "teacher_sha256": teacher_sha256,
     }
@@ -182,7 +179,7 @@ def load_train_set(args: Namespace, classes: tuple[str, ...]) -> data.ImageSet:
         return data.REAL_SETS[args.dataset](args.data_dir, train=True)
     if args.dataset == "cifar100":
         return data.load_class_folders(args.synthetic_data_dir, classes, args.limit)
-    return data.load_cifake(args.synthetic_data_dir, args.limit, args.skip_bad_images)
+    return data.load_cifake(args.synthetic_data_dir, args.limit)
 
 
 def load_teacher(

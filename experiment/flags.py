@@ -133,8 +133,7 @@ def add_data_flags(parser: Parser, demo: dict) -> argparse._ArgumentGroup:
     # fmt: on
     for flag in ("dataset", "data_dir", "synthetic_data_dir", "download_synthetic", "train_on"):
         need(flag, "leaving --demo out", lambda a: not a.demo)
-    for flag in ("skip_bad_images", "download_synthetic"):
-        need(flag, "CIFAKE", _is_cifake)
+    need("download_synthetic", "CIFAKE", _is_cifake)
     return group
 
 
