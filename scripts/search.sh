@@ -27,20 +27,15 @@ setting() { # setting NAME FLAGS...: unless SETTINGS names others
 for seed in ${*:-0}; do
     setting base
     setting temperature_4 --temperature 4
-    setting temperature_20 --temperature 20
     setting crop --augment crop
     setting rrc_jitter --augment rrc_jitter
     setting mixup --mixup 1
     setting batch_125 --batch_size 125 --lr 0.085
     setting batch_250 --batch_size 250 --lr 0.12
     setting batch_500 --batch_size 500 --lr 0.17
-    setting batch_2000 --batch_size 2000 --lr 0.34
     setting lr_012 --lr 0.12
     setting lr_036 --lr 0.36
-    setting warmup --warmup 0.1
     setting cosine --scheduler cosine
-    setting momentum_08 --momentum 0.8
-    setting decay_0 --weight_decay 0
     # augmentations that four epochs are too few for
     setting batch_250_mixup --batch_size 250 --lr 0.12 --mixup 1
     setting batch_250_rrc_jitter --batch_size 250 --lr 0.12 --augment rrc_jitter
