@@ -42,29 +42,23 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def main(args: Namespace) -> None:
-    settings: dict[str, list[dict]] = {}
-    named: dict[str, dict] = {}
-    for folder in args.runs:
+    runs: dict[str, dict] = {}
+    for folder in args.runs:  # all are read before the first is copied
         config = read_config(folder)
-        if named.setdefault(folder.name, config) is not config:
-            if named[folder.name] == config:
-                continue  # a copy: it counts once
-            raise UserError(f"{folder}: another run has this name, too")
         metrics = read_metrics(folder) if (folder / "metrics.csv").exists() else None
         if metrics is None or metrics["epoch"][-1] != config["epochs"]:
             print(f"{folder} is not finished: left out")
             continue
-        copy = args.output / folder.name
-        if copy.resolve() != folder.resolve():
-            copy.mkdir(parents=True, exist_ok=True)
-            for path in (folder / name for name in KEPT):
-                if path.exists():  # older runs have no per_class.csv
-                    shutil.copyfile(path, copy / path.name)
-        setting = folder.name.rpartition("-")[0] or folder.name
-        settings.setdefault(setting, []).append({"config": config, "metrics": metrics})
-    rows = [summary(setting, runs) for setting, runs in settings.items()]
-    if not rows:
+        run = runs.setdefault(folder.name, dict(folder=folder, config=config, metrics=metrics))
+        if run["config"] != config:  # if it is the same, one is a copy of the other: it counts once
+            raise UserError(f"{folder}: another run has this name, too")
+    if not runs:
         return
+    settings: dict[str, list[dict]] = {}
+    for name, run in runs.items():
+        keep(run["folder"], args.output / name)
+        settings.setdefault(name.rpartition("-")[0] or name, []).append(run)
+    rows = [summary(setting, runs) for setting, runs in settings.items()]
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
@@ -73,6 +67,16 @@ def main(args: Namespace) -> None:
         file.write(text.getvalue().encode())
     draw(settings, args.output / "summary.png")
     print(text.getvalue(), end="")
+
+
+def keep(folder: Path, copy: Path) -> None:
+    """Copy the tables of the run in `folder` to `copy`, unless that is the same folder."""
+    if copy.resolve() == folder.resolve():
+        return
+    copy.mkdir(parents=True, exist_ok=True)
+    for path in (folder / name for name in KEPT):
+        if path.exists():  # older runs have no per_class.csv
+            shutil.copyfile(path, copy / path.name)
 
 
 def read_config(folder: Path) -> dict:

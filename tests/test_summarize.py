@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -38,12 +37,8 @@ def test_a_row_for_each_setting_has_the_last_epochs_of_its_seeds(workdir):
     assert (both["setting"], both["n"], both["teacher"]) == ("kd", "2", "93.00")
     assert (both["last_mean"], both["last_std"], both["best_mean"]) == ("72.00", "2.83", "73.00")
     assert (both["train_agreement"], both["minutes"], both["commit"]) == ("60.00", "2.00", "abc")
-    assert (one["setting"], one["n"], one["last_mean"], one["last_std"]) == (
-        "labels",
-        "1",
-        "40.00",
-        "",
-    )
+    assert (one["setting"], one["n"], one["last_mean"]) == ("labels", "1", "40.00")
+    assert one["last_std"] == ""
     assert Path("runs/summary.png").stat().st_size > 1000
 
 
@@ -60,6 +55,7 @@ def test_two_runs_of_one_name_are_refused(workdir):
     made_run("others/kd-0", 71, seconds=80)
     with pytest.raises(UserError, match="others/kd-0: another run has this name, too"):
         summary("results", "runs/kd-0", "others/kd-0")
+    assert not Path("results").exists()  # all are read before one is copied
 
 
 def test_what_is_no_run_is_named(workdir):
@@ -70,5 +66,4 @@ def test_what_is_no_run_is_named(workdir):
     Path("runs/kd-1/config.json").write_text("{}")
     with pytest.raises(UserError, match=r"runs/kd-1/config\.json is not the config\.json of a run"):
         summary("results", "runs/kd-1")
-    shutil.rmtree("runs")
     assert not Path("results").exists()
