@@ -249,17 +249,21 @@ def _draw_confusion(folder: Path, output: Path) -> Path:
 def _draw_mistakes(folder: Path, output: Path) -> Path:
     names = [_shown(name, 10) for name in _class_names(folder)]
     with _reading(folder / "mistakes.npz") as table:
-        said = [names[i] for i in table.get("teacher_prediction", ())]
-        height = 1.45 if said else 1.3  # of a row, whose columns are 1 wide
-        figure = Figure(figsize=(9.6, 8 * height + 0.5))
-        axes = figure.add_axes((0, 0, 1, 8 * height / (8 * height + 0.5)))  # thirty would be slow
-        for i, image in enumerate(table["images"]):
-            x, y = i % 6, height * (i // 6 + 1)
-            axes.imshow(image, extent=(x + 0.05, x + 0.95, y - 0.05, y - 0.95))
-            label, prediction = names[table["label"][i]], names[table["prediction"][i]]
-            text = f"{label} → {prediction}\n{100 * table['probability'][i]:.1f} %"
-            text += f"\nteacher: {said[i]}" if said else ""
-            axes.text(x + 0.5, y - 0.98, text, ha="center", va="bottom", fontsize=9)
+        images, teacher = table["images"], table.get("teacher_prediction")
+        if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3):
+            raise ValueError("no images")
+        captions = []
+        for i in range(len(images)):
+            text = f"{names[table['label'][i]]} → {names[table['prediction'][i]]}\n"
+            text += f"{100 * table['probability'][i]:.1f} %"
+            captions.append(text if teacher is None else f"{text}\nteacher: {names[teacher[i]]}")
+    height = 1.3 if teacher is None else 1.45  # of a row, whose columns are 1 wide
+    figure = Figure(figsize=(9.6, 8 * height + 0.5))
+    axes = figure.add_axes((0, 0, 1, 8 * height / (8 * height + 0.5)))  # thirty would be slow
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = i % 6, height * (i // 6 + 1)
+        axes.imshow(image, extent=(x + 0.05, x + 0.95, y - 0.05, y - 0.95))
+        axes.text(x + 0.5, y - 0.98, caption, ha="center", va="bottom", fontsize=9)
     axes.set(xlim=(0, 6), ylim=(5 * height, 0))
     axes.axis("off")
     figure.suptitle("Wrong with most confidence: label → prediction, and its probability")

@@ -7,9 +7,9 @@
 # teacher is trained then. RECIPE adds flags to the student. Runs and table go to runs/best$TAG/. Give
 # every other recipe a TAG, such as _gpu. Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
+source "$(dirname "$0")/once.sh"
+experiment best "$@"
 source "$(dirname "$0")/environment.sh" requirements.txt
-source scripts/once.sh # environment.sh has entered the repository
-experiment best
 # shellcheck disable=SC2206
 recipe=("${both[@]}" $muon_student --epochs "${EPOCHS:-200}" ${RECIPE:-})
 

@@ -10,9 +10,9 @@
 set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift
+source "$(dirname "$0")/once.sh"
+experiment controls "$@"
 source "$(dirname "$0")/environment.sh" requirements.txt
-source scripts/once.sh # environment.sh has entered the repository
-experiment controls
 # shellcheck disable=SC2206
 recipe=(--epochs "${EPOCHS:-8}" ${RECIPE:-$fast_student})
 

@@ -9,9 +9,9 @@
 # runs/cpu$TAG/; TAG=_off RECIPE="--amp off" makes others, in runs/cpu_off/. Finished runs are
 # skipped, stopped ones are resumed.
 set -euo pipefail
+source "$(dirname "$0")/once.sh"
+experiment cpu "$@"
 source "$(dirname "$0")/environment.sh" requirements.txt
-source scripts/once.sh # environment.sh has entered the repository
-experiment cpu
 
 if [ ! -d "$real/cifar-10-batches-bin" ] && [ ! -d "$real/cifar-10-batches-py" ]; then
     echo "note: CIFAR-10 is not in $real, it will be downloaded there (170 MB)"

@@ -7,10 +7,14 @@
 # DMKD_DATA is the folder of both data sets. GUIDANCE, STEPS, SEEDS and COUNTS, lists in quotes, choose
 # other points. Everything goes to runs/fidelity/. Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
+if [ "$*" != "" ] && [ "$*" != toy ]; then
+    echo "error: the one argument is toy; the first lines of $0 say how to use it" >&2
+    exit 2
+fi
+source "$(dirname "$0")/once.sh"
 source "$(dirname "$0")/environment.sh" requirements-generate.txt
-source scripts/once.sh # environment.sh has entered the repository
 
-if [ "${1:-}" = toy ]; then
+if [ "$*" = toy ]; then
     top=runs/fidelity-toy
     guidance=${GUIDANCE:-1 2} steps=${STEPS:-2} seeds=${SEEDS:-0} counts=${COUNTS:-20 40}
     per_class=4 larger=8 larger_steps=2

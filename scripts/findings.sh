@@ -14,9 +14,9 @@
 set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift
+source "$(dirname "$0")/once.sh"
+experiment findings "$@"
 source "$(dirname "$0")/environment.sh" requirements.txt
-source scripts/once.sh # environment.sh has entered the repository
-experiment findings
 epochs=${EPOCHS:-8} weak=${WEAK:-1 2 4} lengths=${LENGTHS:-4 16 32}
 # shellcheck disable=SC2206
 recipe=(--epochs "$epochs" "${both[@]}" ${RECIPE:-$fast_student})

@@ -14,9 +14,16 @@ fast="--arch airbench94 $muon" fast_student="--arch airbench94 $muon_student"
 # shellcheck disable=SC2034
 fast_teacher="$fast --batch_size 1000 --lr 0.24"
 
-# experiment NAME: its runs and their table go to runs/NAME$TAG/.
+# experiment NAME [SEED ...]: its runs and their table go to runs/NAME$TAG/. Checks the seeds.
 experiment() {
     runs=runs/$1${TAG:-}
+    local seed
+    for seed in "${@:2}"; do
+        [[ $seed =~ ^[0-9]+$ ]] || {
+            echo "error: '$seed' is not a seed; the first lines of $0 say how to use it" >&2
+            exit 2
+        }
+    done
 }
 
 # once RUN SCRIPT FLAGS...

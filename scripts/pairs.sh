@@ -7,9 +7,9 @@
 # GPU. Each teacher is trained once, with seed 0. Runs and table go to runs/pairs$TAG/. Finished runs
 # are skipped, stopped ones are resumed.
 set -euo pipefail
+source "$(dirname "$0")/once.sh"
+experiment pairs "$@"
 source "$(dirname "$0")/environment.sh" requirements.txt
-source scripts/once.sh # environment.sh has entered the repository
-experiment pairs
 teacher=${TEACHER:---epochs 200 --optimizer sgd --nesterov --lr 0.1 --weight_decay 5e-4 --scheduler cosine}
 # shellcheck disable=SC2206
 recipe=("${both[@]}" ${STUDENT:---epochs 400 --scheduler cosine --mixup 1 --augment rrc_jitter})

@@ -8,9 +8,9 @@
 set -euo pipefail
 start=${1:-imagenet}
 shift || true
+source "$(dirname "$0")/once.sh"
+experiment reproduction "$@"
 source "$(dirname "$0")/environment.sh" requirements.txt
-source scripts/once.sh # environment.sh has entered the repository
-experiment reproduction
 recipe=("${both[@]}" --epochs 50 --lr 0.05 --batch_size 128 --stem imagenet)
 
 name=$(basename "$start") && name=${name%.*}

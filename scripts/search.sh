@@ -12,10 +12,9 @@
 set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift
+source "$(dirname "$0")/once.sh"
+experiment search "$@"
 source "$(dirname "$0")/environment.sh" requirements.txt
-source scripts/once.sh # environment.sh has entered the repository
-
-experiment search
 # shellcheck disable=SC2206
 recipe=("${both[@]}" --holdout 2000 --limit "${IMAGES:-50000}" --epochs "${EPOCHS:-4}"
     $fast --batch_size 1000 --lr 0.24 --teacher_weights "$teacher")

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, SMALL_NETWORK, as_rank, metrics
 from PIL import Image
+from processes import Process
 from test_bad_input import fails, snapshot
 
 import main_train_cifar10 as student_script
@@ -219,10 +219,7 @@ def test_a_stopped_job_goes_on(number, workdir, models, monkeypatch, capsys):
 @pytest.mark.slow
 def test_a_killed_process_leaves_whole_files(workdir, models):
     argv = command(models, "local", "set", "--per_class", 2000)
-    process = subprocess.Popen(
-        [sys.executable, REPOSITORY / "synthetic_data" / "generate.py", *argv],
-        stderr=subprocess.DEVNULL,
-    )
+    process = Process(REPOSITORY / "synthetic_data" / "generate.py", *argv)
     while not Path("set/images").exists() or len(os.listdir("set/images")) < 30:
         assert process.poll() is None
         time.sleep(0.01)

@@ -36,7 +36,6 @@ RANDOM_TEACHER = [*SMALL, "--teacher_weights", "random"]
 # What two ranks have to do as one does: the script, see two_ranks.py, and its flags.
 RUNS = {
     "sgd": ("main_train_cifar10", *RANDOM_TEACHER, "--lr", "0.001"),
-    "mixup": ("main_train_cifar10", *RANDOM_TEACHER, "--lr", "0.001", "--mixup", "1"),
     "muon, mixup": (
         *("main_train_cifar10", *RANDOM_TEACHER, "--optimizer", "muon", "--lr", "0.01"),
         *("--momentum", "0.6", "--scheduler", "linear", "--augment", "reflect", "--mixup", "1"),
@@ -117,7 +116,7 @@ def wait_for_an_epoch(two: Process | subprocess.Popen, folder: str) -> None:
 
 @pytest.mark.slow
 def test_a_stopped_job_is_resumed_by_another_number_of_ranks(workdir):
-    run = RUNS["mixup"]
+    run = (*RUNS["sgd"], "--mixup", "1")
     two = Process(DRIVER, json.dumps([named(run, "two", epochs=8)]), ranks=2)
     wait_for_an_epoch(two, "two")
     two.send_signal(signal.SIGTERM)

@@ -3,8 +3,10 @@
 import functools
 import importlib
 import io
+import os
 import re
 import shlex
+import subprocess
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from types import ModuleType
@@ -164,6 +166,22 @@ def test_every_command_of_an_experiment_parses(command, workdir):
     assert len(started) >= len(re.findall(calls, text, re.MULTILINE)) - 1 > 0
     for line in started:
         parse(line)
+
+
+SEEDED = [command for command in EXPERIMENTS if command.endswith(" 0")]
+
+
+@pytest.mark.parametrize("command", [*SEEDED, "fidelity.sh toy"])
+def test_what_is_no_seed_is_refused_before_anything_is_installed(command, workdir):
+    script, *argv = command.split()
+    path = str(REPOSITORY / "scripts" / script)
+    environment = {"PATH": os.environ["PATH"], "VIRTUAL_ENV": str(workdir), "PYTHON": "false"}
+    for wrong in ("--help", "-1", "0.5"):
+        given = ["bash", path, *argv[:-1], wrong]
+        done = subprocess.run(given, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.endswith(f"; the first lines of {path} say how to use it\n")
 
 
 def test_the_cpu_recipe_is_the_one_of_its_script(workdir):

@@ -61,10 +61,6 @@ def test_a_run(workdir, capsys):
     assert_equal_weights(Path("model.pth"), Path("run/last.pt"))
     assert not torch.equal(checkpoint["model"]["conv_in.weight"], trained["conv_in.weight"])
 
-    train("--run_dir", "again", "--output", "model.pth")
-    assert without_times(metrics(Path("again"))) == without_times(rows)
-    assert_equal_weights(Path("model.pth"), Path("model.001.pth"))
-
 
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(workdir, monkeypatch):
