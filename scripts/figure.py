@@ -112,7 +112,7 @@ def draw_accuracy(figure: Figure, teacher: Accuracy, student: Accuracy) -> None:
         ("teacher, trained on real images", left, teacher, TEACHER, "o"),
         ("student", right, student, STUDENT, "D"),
     ):
-        label = f"{name}: {overall:.1f} %"
+        label = f"{name}: {overall:.2f} %"
         axes.plot(x, by_class, marker, color=color, markersize=14, label=label)
         for point, limit in zip(zip(x, by_class, strict=True), lower, strict=True):
             # the upper value above its dot, the lower one below: no line crosses them

@@ -7,7 +7,7 @@
 # TEACHER is a weight file. Every student sees EPOCHS times 50,000 views, so a small set is seen more
 # often. The students are those of scripts/cpu.sh; on a GPU, use EPOCHS=50 RECIPE="--stem cifar" for
 # the default recipe. WEAK are the epochs of the weaker teachers, LENGTHS those of students that
-# train longer or shorter. ENSEMBLE can name several weight files, which then form an ensemble.
+# train longer or shorter; "" leaves them out. ENSEMBLE can name several weight files, which then form an ensemble.
 # DMKD_DATA is the folder of both data sets. Runs and table go to runs/findings$TAG/, the student to
 # compare with to runs/controls$TAG/. Give every other recipe or teacher a TAG, such as _gpu. Finished
 # runs are skipped, stopped ones are resumed.
@@ -17,7 +17,7 @@ shift
 source "$(dirname "$0")/once.sh"
 experiment findings "$@"
 source "$(dirname "$0")/environment.sh" requirements.txt
-epochs=${EPOCHS:-8} weak=${WEAK:-1 2 4} lengths=${LENGTHS:-4 16 32}
+epochs=${EPOCHS:-8} weak=${WEAK-1 2 4} lengths=${LENGTHS-4 16 32}
 # shellcheck disable=SC2206
 recipe=(--epochs "$epochs" "${both[@]}" ${RECIPE:-$fast_student})
 
