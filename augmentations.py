@@ -47,7 +47,7 @@ def reflected_crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Ten
 def _crop_and_flip(
     padded: Tensor, size: torch.Size, top: Tensor, left: Tensor, flip: Tensor
 ) -> Tensor:
-    windows = padded.unfold(2, size[0], 1).unfold(3, size[1], 1)  # (B, 3, 9, 9, H, W), a view
+    windows = padded.unfold(2, size[0], 1).unfold(3, size[1], 1)  # (B, 3, top, left, H, W), a view
     crops = windows[torch.arange(len(padded), device=padded.device), :, top, left]  # (B, 3, H, W)
     return torch.where(flip[:, None, None, None], crops.flip(3), crops)
 

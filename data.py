@@ -8,13 +8,13 @@ normalised there. There are no worker processes.
 
 import functools
 import hashlib
+import io
 import os
 import re
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from experiment.errors import UserError
 
 CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 
-# Of the 50,000 training images. They serve every set: the student sees what the teacher sees.
+# Of CIFAR-10's training images. They serve every set: the student sees what the teacher sees.
 CIFAR10_MEAN = (0.49140, 0.48216, 0.44653)
 CIFAR10_STD = (0.24703, 0.24349, 0.26159)
 
@@ -97,11 +97,18 @@ def with_shifted_copies(data: ImageSet) -> ImageSet:
     return replace(data, images=torch.cat(copies), labels=data.labels.repeat(len(copies)))
 
 
+def _jpeg(image: Tensor, quality: int) -> Tensor:
+    """uint8 (3, 32, 32), compressed and decoded again; torchvision means to drop its own codecs."""
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
+    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+
+
 SHIFTS = (
     lambda image: F.adjust_brightness(image, 1.4),
     lambda image: F.adjust_saturation(image, 0.4),
     lambda image: F.gaussian_blur(image, [3, 3], [0.8, 0.8]),
-    lambda image: F.jpeg(image, 40),
+    lambda image: _jpeg(image, 40),
     lambda image: F.adjust_sharpness(image, 2.0),  # real images have more detail than CIFAKE's
 )
 
@@ -197,8 +204,7 @@ def load_cifake(folder: str | Path, limit: int | None = None) -> ImageSet:
         if (stem := os.path.splitext(path)[0]) in stems:
             raise UserError(f"{path}: another file has this name and another extension")
         stems.add(stem)
-    with _silent():  # beyond the limit, only the names are checked
-        images = [_load_pixels(path) for path in paths[:limit]]
+    images = [_load_pixels(path) for path in paths[:limit]]  # beyond it, only names are checked
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (N, 3, 32, 32)
     return ImageSet(pixels.contiguous(), torch.tensor(labels[:limit]), CLASSES)
 
@@ -208,9 +214,9 @@ def load_class_folders(
 ) -> ImageSet:
     """The images in folders named like `classes`, at 32x32; with `limit`, the first of them.
 
-    For synthetic images of CIFAR-100. The order is that of the names, the first image of each class
-    before the second ones: the first images are of all classes, as they are in CIFAKE. Errors:
-    UserError that names the file or the folder.
+    For synthetic images of CIFAR-100. The first image of every class comes before the second of
+    any: with a limit, all classes are there, as in CIFAKE. Errors: UserError that names the file or
+    the folder.
     """
     for name in sorted({*classes, *visible(folder)}):
         if name not in classes or not visible(Path(folder, name)):
@@ -239,24 +245,18 @@ def load_image(path: str | Path) -> Tensor:
     has 16 bits a channel or more than 89 million pixels is refused, and so is anything but a
     regular file. Errors: UserError that names the file.
     """
-    with _silent():
-        return torch.from_numpy(_load_pixels(path)).permute(2, 0, 1).contiguous()
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Pillow warns of is refused here, or harmless
-        yield
+    return torch.from_numpy(_load_pixels(path)).permute(2, 0, 1).contiguous()
 
 
 def _load_pixels(path: str | Path) -> np.ndarray:
-    """uint8 (32, 32, 3). PyTorch's share of the time would be as large as the decoder's."""
+    """uint8 (32, 32, 3), in NumPy: a tensor for each image would take as long as decoding it."""
     try:
         if not os.path.isfile(path):  # opening a FIFO would wait for ever
             raise UserError("not a regular file" if os.path.lexists(path) else "no such file")
-        with Image.open(path, formats=("JPEG", "PNG")) as picture:
-            pixels = _pixels(picture)  # (H, W, 3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow warns of is refused here, or harmless
+            with Image.open(path, formats=("JPEG", "PNG")) as picture:
+                pixels = _pixels(picture)  # (H, W, 3)
     except Exception as error:  # the decoders raise nearly anything on a broken or hostile file
         told = isinstance(error, (UserError, Image.DecompressionBombError))
         reason = error if told else getattr(error, "strerror", None)
@@ -285,8 +285,8 @@ def download_cifake(folder: str | Path) -> None:
 
     A folder that is not empty is left as it is. Errors: UserError, OSError.
     """
-    folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()):
+    target = Path(folder).resolve()  # a link may lead to another disk
+    if target.is_dir() and any(target.iterdir()):
         return
     try:
         import kagglehub
@@ -298,9 +298,12 @@ def download_cifake(folder: str | Path) -> None:
     for path in fake.iterdir():
         if path.is_symlink() or not path.is_file():
             raise UserError(f"the downloaded {path} is not a plain file")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as private:
-        os.replace(shutil.copytree(fake, Path(private, "FAKE")), folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as private:
+        copy = shutil.copytree(fake, Path(private, "FAKE"))
+        if target.is_dir():  # an empty one, which Windows does not replace
+            target.rmdir()
+        os.replace(copy, target)
 
 
 def load_noise(n: int = 50_000) -> ImageSet:
@@ -328,15 +331,14 @@ def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def check_batch_size(batch_size: int, images: int) -> None:
-    """Errors: UserError if the ranks of a job cannot fill one training batch, equally."""
+    """Errors: UserError if a training batch cannot be filled, or not be shared by the ranks."""
+    ranks = parallel.world_size()
     if batch_size > images:
         raise UserError(f"--batch_size {batch_size} is more than the {images} training images")
-    if batch_size < 2 * parallel.world_size():
+    if batch_size < 2 * ranks:
         raise UserError(f"--batch_size {batch_size}: BatchNorm needs two images in every process")
-    if batch_size % parallel.world_size():
-        raise UserError(
-            f"--batch_size {batch_size} cannot be shared by {parallel.world_size()} processes"
-        )
+    if batch_size % ranks:
+        raise UserError(f"--batch_size {batch_size} cannot be shared by {ranks} processes")
 
 
 class DeviceLoader:

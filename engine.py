@@ -81,7 +81,7 @@ class TrainStep:
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
         one_gpu = self.device.type == "cuda" and parallel.world_size() == 1
         self.captures = graph and one_gpu and not self.scaler.is_enabled()
-        # one for all warm-up steps: memory that is freed on a stream stays with it
+        # one for all warm-up steps: the allocator keeps freed memory for its stream
         self.stream = torch.cuda.Stream(self.device) if self.captures else None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.count = 0
@@ -114,9 +114,9 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)  # skipped if a gradient is not finite
-        before = self.scaler.get_scale()
+        before = self.scaler.get_scale() if self.after_update else 0.0  # waits in float16
         self.scaler.update()
-        if self.after_update is not None and self.scaler.get_scale() >= before:
+        if self.after_update and self.scaler.get_scale() >= before:
             self.after_update()
         return loss.detach(), matches
 

@@ -63,7 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         help="first download CIFAKE to --synthetic_data_dir, with the optional package kagglehub")
     add("--holdout", type=flags.int_in(0, 10**9), default=0, metavar="N",
         help="hold N training images out, to choose a recipe by the student's agreement with the "
-        "teacher on them and on shifted copies of them [%(default)s]")
+        "teacher on them and on altered copies of them [%(default)s]")
     flags.add_model_flags(parser, models.ARCHITECTURES, models.STEMS)
     flags.add_optimisation_flags(parser, RECIPE)
     flags.add_augmentation_flags(parser, AUGMENTATIONS)
@@ -81,7 +81,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--hard_labels", action="store_true",
         help="train on the images' own labels with cross-entropy; the teacher is only tested")
     # fmt: on
-    parser.add_need("temperature", "distillation, not --hard_labels", lambda a: not a.hard_labels)
+    temperature = "distillation, not --hard_labels", lambda a: not a.hard_labels or a.holdout > 0
+    parser.add_need("temperature", *temperature)
     flags.add_run_flags(parser, "student", "student_cifar10_kd.pth")
     return folder.parse_args(parser, argv, "student", DEMO)
 
@@ -140,17 +141,14 @@ def main(args: Namespace) -> None:
     step = TrainStep(loss_fn, optimizer, amp, graph=not args.no_cuda_graph)
     state = dict(model=student, optimizer=optimizer, scheduler=scheduler, step=step)
     about = models.describe(student, test_set.classes)
-    must_match = {
-        "train_images": len(train_set),
-        "test_images": len(test_set),
-        "teacher_sha256": teacher_sha256,
-    }
+    must_match = {"train_images": len(train_set), "test_images": len(test_set)}
+    must_match |= {"teacher_sha256": teacher_sha256}
     extra = {"teacher_accuracy": accuracy, "teacher_files": files}
     with Run(args, "student", state, about, device, amp, must_match, plot_run, **extra) as run:
         for epoch in run.epochs():
             train_loader.epoch = epoch
             train = train_one_epoch(student, train_loader, step, scheduler, run.on_batch)
-            final = epoch == args.epochs  # tested in float32, whatever --amp is
+            final = epoch == args.epochs  # tested in float32 (CUDA: TF32), whatever --amp is
             test = evaluate(student, test_loader, None if final else amp)
             row = {
                 "train_loss": train["loss"],
@@ -193,6 +191,7 @@ def load_teacher(
             continue
         if not (path := local_file(source)).is_file():
             command = "python fine_tune_teacher_cifar10.py" + " --demo" * args.demo
+            command += " --dataset cifar100" * (args.dataset == "cifar100")
             raise UserError(f"no teacher at {source}: make one with `{command}`")
         members.append(models.load_model(path, num_classes=len(classes), classes=list(classes)))
         files[source] = sha256(path)

@@ -171,16 +171,16 @@ def _recognise(weights: dict[str, Tensor], path: str | Path, expected: str | Non
 def _load_weights(
     model: nn.Module, weights: dict[str, Tensor], path: str | Path, assign: bool = False
 ) -> None:
-    """Errors: UserError that gives one reason why the weights do not fit."""
+    """Load all of `weights`. Errors: UserError that gives one reason why they do not fit."""
     try:
         model.load_state_dict(weights, assign=assign)
-    except (RuntimeError, IndexError) as error:  # IndexError: of a counter without an element
+    except (RuntimeError, IndexError) as error:  # IndexError: a counter without an element
         reason = str(error).splitlines()[-1].strip()
         network = f"{model.spec['arch']} with the {model.spec['stem']} stem"
         raise UserError(f"{path} is no {network}: {reason[:200]}") from error
 
 
-def init_from(model: nn.Module, source: str) -> str:
+def init_from(model: nn.Module, source: str | Path) -> str:
     """Start `model` from "random", "imagenet" (IMAGENET1K_V1) or the path of a weight file.
 
     All layers but the head are loaded, and the head if it has as many classes. A 3x3 stem gets the

@@ -39,7 +39,8 @@ from experiment.errors import UserError, one_line_errors
 from experiment.files import atomic_write, check_regular
 
 Metrics = dict[str, list[float]]
-# A column of the CSV tells what was trained: its meaning, and title and unit of the training loss.
+# Which of these columns metrics.csv has tells what was trained. The values: what the column means,
+# and title and unit of the training loss.
 KINDS = {
     "train_agreement": (
         "agreement with the teacher on the training images",
@@ -62,7 +63,8 @@ TEST_LOSS = ("Test: cross-entropy on real images", "cross-entropy, nats")
 GENERATOR_TEST_LOSS = ("Test: diffusion loss on real images", "mean squared error")
 PICTURES = ("train_val_losses.png", "val_accuracy.png", "confusion.png", "mistakes.png")
 MARK = "drawn by plots.py"  # in every picture
-AS_WRITTEN = matplotlib.rc_context({"text.parse_math": False})  # a folder may be named $x$
+# as written, also if a folder is named $x$
+AS_WRITTEN = matplotlib.rc_context({"text.parse_math": False, "text.usetex": False})
 
 
 def read_metrics(folder: str | Path, classifier: bool = True) -> Metrics:
@@ -88,7 +90,7 @@ def read_metrics(folder: str | Path, classifier: bool = True) -> Metrics:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[list[dict[str, str]] | dict[str, np.ndarray]]:
-    """The rows of a .csv, or the arrays of an .npz. Whatever fails in the block is a UserError."""
+    """The rows of a .csv, or the arrays of an .npz. What the block cannot read is a UserError."""
     check_regular(path)
     try:
         if path.suffix == ".npz":
@@ -259,7 +261,7 @@ def _draw_mistakes(folder: Path, output: Path) -> Path:
             captions.append(text if teacher is None else f"{text}\nteacher: {names[teacher[i]]}")
     height = 1.3 if teacher is None else 1.45  # of a row, whose columns are 1 wide
     figure = Figure(figsize=(9.6, 8 * height + 0.5))
-    axes = figure.add_axes((0, 0, 1, 8 * height / (8 * height + 0.5)))  # thirty would be slow
+    axes = figure.add_axes((0, 0, 1, 8 * height / (8 * height + 0.5)))  # thirty axes would be slow
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = i % 6, height * (i // 6 + 1)
         axes.imshow(image, extent=(x + 0.05, x + 0.95, y - 0.05, y - 0.95))

@@ -117,7 +117,8 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # another system, or another C library
         return
-    mallopt(m_mmap_threshold, 2**31 - 1)
+    # where the threshold may not be above 32 MB, in older versions, it is 32 MB
+    mallopt(m_mmap_threshold, 2**31 - 1) or mallopt(m_mmap_threshold, 2**25)
     mallopt(m_trim_threshold, 2**31 - 1)
     mallopt(m_top_pad, 256 * 2**20)
 

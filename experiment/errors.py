@@ -12,7 +12,7 @@ import torch
 from experiment import parallel
 from experiment.streams import steady_output
 
-NO_MEMORY = "can't allocate memory|out of memory|ALLOC_FAILED"  # by CPUs, MPS and CUDA, cuBLAS
+NO_MEMORY = "can't allocate memory|out of memory|ALLOC_FAILED"  # the CPU; MPS and CUDA; cuBLAS
 
 
 class UserError(Exception):
@@ -53,7 +53,7 @@ def one_line_errors() -> Iterator[None]:
                     _exit(f"{first.rstrip('.')}. Try a smaller --batch_size.")
             if not parallel.is_lost_rank(error):
                 raise
-            _exit("another process of this job has died")
+            _exit(f"another process of this job has died: {error}")
         except KeyboardInterrupt:
             sys.stderr.write("\ninterrupted\n")
             sys.exit(130)

@@ -7,7 +7,7 @@ import uuid
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,36 +18,27 @@ from experiment.errors import UserError
 
 
 @contextmanager
-def temporary_beside(path: Path) -> Iterator[BinaryIO]:
-    """A new file in the folder of `path`, which is removed when the block ends.
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Write to a temporary file, flush it to the disk, move it to `path`: never half a file.
 
-    It is for `os.replace` or `os.link` inside the block, after `_finish`. Errors: UserError.
+    Errors: UserError.
     """
     name = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        file = open(name, "xb")  # noqa: SIM115
-        try:
-            with file:
-                yield file
-        finally:
-            name.unlink(missing_ok=True)
+        with open(name, "xb") as file:
+            yield file
+            _flush(file)
+        os.replace(name, path)
     except OSError as error:  # on a full disk the error names no file
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            name.unlink()
 
 
-def _finish(file: BinaryIO) -> None:
+def _flush(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-    file.close()
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Write to a temporary file, flush it to the disk, move it to `path`: never half a file."""
-    with temporary_beside(path) as file:
-        yield file
-        _finish(file)
-        os.replace(file.name, path)
 
 
 def save(path: Path, state: dict) -> None:
@@ -59,44 +50,18 @@ def save(path: Path, state: dict) -> None:
 def save_without_overwriting(path: Path, state: dict) -> Path | None:
     """`save`; a file that is at `path` already is renamed to name.001.pth, or the next free number.
 
-    Returns its new name. The new file is complete before the old one moves, and of several
-    processes that write to one path none loses its file, if the file system has hard links. Errors:
-    UserError.
+    Returns its new name. The new file is complete before the old one moves. Errors: UserError.
     """
+    check_regular(path)
     kept = None
-    with temporary_beside(path) as file:
+    with atomic_write(path) as file:
         file.write(_serialised(state))
-        _finish(file)
-        while True:
-            try:
-                os.link(file.name, path)  # unlike a rename, it fails if there is a file by now
-                return kept
-            except FileExistsError:
-                kept = _set_aside(path) or kept
-            except OSError:  # a file system without hard links
-                if os.path.lexists(path):
-                    kept = _set_aside(path) or kept
-                os.replace(file.name, path)
-                return kept
-
-
-def _set_aside(path: Path) -> Path | None:
-    """Rename `path` to name.001.pth, or the next free number; None if another process has."""
-    for number in itertools.count(1):
-        free = path.with_name(f"{path.stem}.{number:03d}{path.suffix}")
-        try:
-            free.touch(exist_ok=False)  # claims the name: a rename would replace a file
-        except FileExistsError:
-            continue
-        try:
-            os.replace(path, free)
-            return free
-        except FileNotFoundError:
-            free.unlink()
-            return None
-        except BaseException:
-            free.unlink()
-            raise
+        _flush(file)
+        if os.path.lexists(path):  # now, as another process may have written it meanwhile
+            numbered = (f"{path.stem}.{number:03d}{path.suffix}" for number in itertools.count(1))
+            kept = next(new for new in map(path.with_name, numbered) if not os.path.lexists(new))
+            os.rename(path, kept)
+    return kept
 
 
 def check_regular(path: Path) -> None:
@@ -138,7 +103,7 @@ def _is_damaged(path: str | Path) -> bool:
         return True
 
 
-def to_cpu(state):
+def to_cpu(state: object) -> object:
     """Nested dicts, lists and tensors with all tensors on the CPU."""
     if isinstance(state, Tensor):
         return state.detach().cpu()

@@ -21,7 +21,7 @@ from experiment.errors import one_line
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no abbreviated flags, refuses those that would do nothing, and errs in one line.
+    """Takes no abbreviated flags, refuses those that would do nothing, says errors in one line.
 
     `arguments` names those that are required, for the first line of --help.
     """
@@ -75,7 +75,7 @@ def device(text: str) -> str:
     except RuntimeError:
         kind = None
     if kind not in ("cpu", "cuda", "mps", "xpu"):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N, mps, xpu")
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, mps, xpu")
     return text
 
 
@@ -133,12 +133,9 @@ def add_data_flags(parser: Parser, demo: dict) -> argparse._ArgumentGroup:
     # fmt: on
     for flag in ("dataset", "data_dir", "synthetic_data_dir", "download_synthetic", "train_on"):
         need(flag, "leaving --demo out", lambda a: not a.demo)
-    need("download_synthetic", "CIFAKE", _is_cifake)
+    cifake = ("cifar10", "synthetic")
+    need("download_synthetic", "CIFAKE", lambda a: (a.dataset, a.train_on) == cifake)
     return group
-
-
-def _is_cifake(args: Namespace) -> bool:
-    return not args.demo and args.train_on == "synthetic" and args.dataset == "cifar10"
 
 
 def add_model_flags(

@@ -5,7 +5,6 @@ import math
 import os
 import platform
 import shlex
-import stat
 import subprocess
 import sys
 import time
@@ -29,11 +28,10 @@ except ImportError:  # Windows: two runs in one folder go unnoticed there
 
 FORMAT = 3  # of config.json and last.pt
 LOCK = ".lock"
-# Files that a run writes into its folder, beside those with a suffix that no network has.
+# Names of files that a run writes into its folder, which --output may not take.
 CHECKPOINTS = ("last.pt", "best.pt", LOCK)
 OTHER_SUFFIXES = (".json", ".csv", ".png", ".npz", ".tmp")
-LONGEST_NAME = 255 - len(".001")  # bytes, for a file that may have to be renamed to name.001.pth
-# Where files are and what computes: no other flag may change when a run is resumed.
+# Where files are and what computes: only these flags may change when a run is resumed.
 MAY_CHANGE_ON_RESUME = (
     *("resume", "output", "data_dir", "synthetic_data_dir", "val_dir", "teacher_weights", "init"),
     *("label_file", "device", "no_cuda_graph", "workers"),
@@ -170,30 +168,22 @@ def check_output(path: Path, folder: Path) -> None:
     parent = next((above for above in real.parents if above.exists()), real)
     name = path.name.casefold()  # some file systems do not tell LAST.PT from last.pt
     in_a_run = real.parent == run or (real.parent / "config.json").exists()
-    if len(os.fsencode(path.name)) > LONGEST_NAME:
-        problem = f"its name is longer than {LONGEST_NAME} bytes"
-    elif (path.exists() and not path.is_file()) or real in (run, *run.parents):
+    if (path.exists() and not path.is_file()) or real in (run, *run.parents):
         problem = "it is not a regular file"
     elif in_a_run and (name in CHECKPOINTS or name.endswith(OTHER_SUFFIXES)):
         problem = "a run writes a file of that name there itself"
     elif not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         problem = f"{parent} is not a folder that can be written to"
-    elif os.path.lexists(path) and _is_anothers(path):
-        problem = "the file there is another user's, and may not be renamed"
     else:
         return
     raise UserError(f"--output {path} cannot be written: {problem}")
 
 
-def _is_anothers(path: Path) -> bool:
-    """Whether the sticky bit of a folder, as /tmp has it, keeps the file from being moved aside."""
-    file, folder = path.lstat(), path.parent.stat()
-    owners = (0, file.st_uid, folder.st_uid)
-    return bool(folder.st_mode & stat.S_ISVTX) and os.geteuid() not in owners
-
-
 def lock(folder: Path) -> BinaryIO:
-    """Keep other processes out of `folder` while the file is open, at most until this one ends."""
+    """Keep other processes out of `folder` until the file is closed, or this process ends.
+
+    Errors: UserError if another process has locked it.
+    """
     check_regular(folder / LOCK)
     file = open(folder / LOCK, "ab")  # noqa: SIM115
     try:
@@ -218,7 +208,7 @@ def check_lock(file: BinaryIO, folder: Path) -> None:
 
 
 def provenance(device: torch.device, amp: torch.dtype | None) -> dict:
-    """The provenance of numbers: command, time, commit, versions, hardware and precision."""
+    """Where numbers come from: command, time, commit, versions, hardware and precision."""
     git = "git describe --always --dirty --abbrev=12 --exclude=*".split()
     try:
         here = Path(__file__).parent

@@ -127,15 +127,6 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
-def broadcast(value: object) -> object:
-    """Rank 0's `value`, which can be any object that pickles, on every rank."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
 def rank_slice(n: int) -> slice:
     """This rank's rows of n: consecutive. The numbers of any two ranks differ by at most one."""
     return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())

@@ -6,6 +6,8 @@ runs/student-001/
     metrics.csv    one row an epoch
     last.pt        the network of the last finished epoch, and the state of the training
     best.pt        the network of the best epoch on the test set: only to compare with papers
+    per_class.csv, predictions.csv, mistakes.npz
+                   what the finished network says of the test images
     *.png          the plots
 """
 
@@ -31,7 +33,7 @@ from experiment.progress import Progress
 from experiment.signals import StopSignals
 
 SAVE_EVERY = 60.0  # seconds: on a GPU, writing 135 MB can take longer than an epoch
-IMPORTED = time.perf_counter()  # about when the script started
+IMPORTED = time.perf_counter()  # after PyTorch, whose import takes some seconds
 
 
 class Run:
@@ -63,7 +65,7 @@ class Run:
         **extra,
     ) -> None:
         self.args, self.about, self.on_save, self.metric = args, about, on_save, metric
-        model = state["model"]  # may be there under a second name
+        model = state["model"]  # may be there under a second name, too
         self.state = {k: part for k, part in state.items() if k == "model" or part is not model}
         self.history: list[dict[str, float]] = []
         self.pending: dict[str, dict] = {}  # checkpoints to write, by file name
@@ -184,10 +186,9 @@ class Run:
 
     def _restore(self) -> None:
         """Load last.pt, if there is one, and begin a new part of a resumed run."""
-        path = Path(self.folder or "", "last.pt")
-        found = parallel.is_rank_zero() and path.exists()
-        saved = parallel.broadcast(load(path) if found else None)
-        if saved is not None:
+        if not folder.is_new(self.args):
+            path = self.folder / "last.pt"
+            saved = load(path)
             if parallel.is_rank_zero() and saved.get("run_id") != self.config["run_id"]:
                 raise UserError(f"{path} is not the checkpoint of this run")
             try:
@@ -224,18 +225,15 @@ class Run:
 
     def _keep(self) -> None:
         """Copy the state, on its device, for the next write."""
-        state = {key: part.state_dict() for key, part in self.state.items()}
-        state = copy.deepcopy(state)
-        if parallel.world_size() > 1:  # a GPU that waits for a lost rank gives nothing back
+        state = copy.deepcopy({key: part.state_dict() for key, part in self.state.items()})
+        if parallel.world_size() > 1:  # after a rank is lost, a GPU may give nothing back
             state = to_cpu(state)
-        last = {**self._checkpoint(), **state, "history": list(self.history)}
-        self.pending["last.pt"] = last
+        self.pending["last.pt"] = {**self._checkpoint(), **state, "history": list(self.history)}
         if self.metric and self.best is self.history[-1]:
-            self.pending["best.pt"] = {**self._checkpoint(), "model": last["model"]}
+            self.pending["best.pt"] = {**self._checkpoint(), "model": state["model"]}
 
     def _checkpoint(self) -> dict:
-        parts = {key: self.config[key] for key in ("run_id", "parts")}
-        provenance = {"run": str(self.folder), **self.history[-1], **parts}
+        provenance = {"run": str(self.folder), **self.history[-1], "parts": self.config["parts"]}
         return {**self.about, "run_id": self.config["run_id"], "provenance": provenance}
 
     def flush(self, draw: bool = False) -> None:
@@ -252,7 +250,7 @@ class Run:
         try:
             if draw and self.on_save:
                 self.on_save(self.folder)
-        except (UserError, OSError) as error:  # the training is worth more than its plots
+        except Exception as error:  # the training is worth more than its plots
             print(f"note: no plots were drawn: {error}", flush=True)
 
     def _export(self) -> Path | None:
@@ -269,7 +267,7 @@ class Run:
         return kept
 
     def _stamp(self) -> None:
-        """Before every write: check the lock, and record the seconds since the script started."""
+        """Before every write: check the lock, and record the seconds since the imports."""
         folder.check_lock(self.lock, self.folder)
         self.part["seconds"] = round(time.perf_counter() - IMPORTED, 1)
 
@@ -295,7 +293,8 @@ class Run:
                 self.lock.close()
         if parallel.is_rank_zero() and parallel.is_lost_rank(error):
             raise UserError(
-                f"another process of this job has died; resume with {self._resume_command()}"
+                f"{error}: another process of this job has died; resume with "
+                f"{self._resume_command()}"
             ) from error
         if error is None and self.signals.received:
             self._stop(self.signals.received)

@@ -7,9 +7,7 @@ from contextlib import contextmanager
 from experiment import parallel
 
 # SIGHUP: the terminal, or the connection to it, is closed. Windows has no such signal.
-STOP_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-)
+STOP_SIGNALS = tuple(s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP"))
 
 
 class StopSignals:

@@ -1,6 +1,5 @@
 """Output that never ends a run: a broken pipe or an ASCII terminal does not stop a training."""
 
-import codecs
 import os
 import sys
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ class SteadyStream:
         if stream is None:
             self._drop()
         with suppress(AttributeError, OSError, ValueError):
-            self.stream.reconfigure(errors="printable")
+            self.stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
@@ -47,17 +46,6 @@ class SteadyStream:
         self.stream = nowhere
         if self.lost:
             sys.stderr.write(self.lost)
-
-
-def _printable(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Keep the bytes of a file name that is not UTF-8, and escape all other characters."""
-    try:
-        return codecs.lookup_error("surrogateescape")(error)
-    except UnicodeError:
-        return codecs.backslashreplace_errors(error)
-
-
-codecs.register_error("printable", _printable)
 
 
 @contextmanager

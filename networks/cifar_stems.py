@@ -2,10 +2,7 @@
 
 from torch import nn
 
-CIFAR_STEMS = (
-    *("resnet18", "resnet34", "resnet50"),
-    *("vgg11_bn", "mobilenet_v2", "shufflenet_v2_x1_0"),
-)
+CIFAR_STEMS = tuple("resnet18 resnet34 resnet50 vgg11_bn mobilenet_v2 shufflenet_v2_x1_0".split())
 
 
 def use_cifar_stem(model: nn.Module, arch: str) -> None:

@@ -1,7 +1,5 @@
 """Ten classes of small pictures, drawn by NumPy from a seed: the demo set.
 
-    python synthetic_data/demo_images.py sheet.png    # five rows in the real style, five synthetic
-
 Each picture shows one shape. In the "real" style its position, size and angle vary, on a striped
 background with a blob, uneven light and noise. The "synthetic" style imitates a generator: clean,
 centred, larger and less varied. Shape and background swap their brightness at random, so a linear
@@ -9,21 +7,11 @@ classifier on pixels learns next to nothing.
 """
 
 import functools
-import os
-import sys
-from argparse import Namespace
-from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from data import ImageSet
-from experiment import flags
-from experiment.errors import UserError, one_line_errors
-from experiment.files import atomic_write
 
 SHAPES = tuple("disc ring square frame triangle cross bar bars star crescent".split())
 SIZE = 32
@@ -36,7 +24,7 @@ def draw(style: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     frequent, in random order. The same arguments give the same pictures.
     """
     rng = np.random.default_rng(seed)
-    labels = rng.permutation(np.arange(count) % len(SHAPES))
+    labels = rng.permutation(np.arange(count, dtype=np.int64) % len(SHAPES))
     real = style == "real"
 
     def uniform(low: float, high: float, channels: int = 1) -> np.ndarray:
@@ -99,32 +87,3 @@ def load_demo(part: str) -> ImageSet:
     }[part]
     images, labels = draw(style, count, seed)
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), SHAPES)
-
-
-def parse_args(argv: Sequence[str] | None = None) -> Namespace:
-    parser = flags.Parser(__doc__, "SHEET.png")
-    parser.add_argument("sheet", type=Path, metavar="SHEET.png", help="the new picture")
-    args = parser.parse_args(argv)
-    if args.sheet.suffix.lower() != ".png":
-        parser.error(f"{args.sheet} does not end in .png: the sheet is a PNG")
-    return args
-
-
-def main(args: Namespace) -> None:
-    from torchvision.utils import save_image  # here, as it is slow to load
-
-    path = args.sheet
-    if os.path.lexists(path):
-        raise UserError(f"{path} exists: name a new file")
-    rows = []
-    for style in ("real", "synthetic"):
-        images, labels = draw(style, 400, seed=0)
-        rows += [images[labels == label][row] for row in range(5) for label in range(len(SHAPES))]
-    with atomic_write(path) as file:
-        save_image(torch.from_numpy(np.stack(rows)) / 255, file, nrow=len(SHAPES), format="png")
-    print(f"{path}, from left to right: {', '.join(SHAPES)}")
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main(parse_args())

@@ -13,7 +13,7 @@ from torchvision.models import resnet34
 import data
 import fine_tune_teacher_cifar10 as teacher_script
 import main_train_cifar10 as student_script
-from experiment.errors import one_line_errors
+from experiment.errors import UserError, one_line_errors
 from experiment.folder import FORMAT
 from models import build_model, to_checkpoint
 
@@ -144,6 +144,9 @@ def test_teachers(student, workdir, capsys):
     student("no teacher at data: make one with", teacher_weights="data")
     command = r"`python fine_tune_teacher_cifar10.py --demo`"
     assert command in fails(student_script, ["--demo"], capsys)[1]
+    args = student_script.parse_args(["--dataset", "cifar100"])
+    with pytest.raises(UserError, match=r"cifar10\.py --dataset cifar100`"):
+        student_script.load_teacher(args, ("apple",))
     student("no teacher at other.pth: make", teacher_weights=["teacher.pth", "other.pth"])
     (workdir / "text.pth").write_text("I am a teacher")
     student("text.pth is not a weight file, or not a safe one", teacher_weights="text.pth")
@@ -193,8 +196,9 @@ def test_outputs(student, workdir):
     (workdir / "folder").mkdir()
     student("--output folder cannot be written", output="folder")
     os.mkfifo("fifo")
-    for output in ("fifo", "/dev/null", "new/run/last.pt", "x" * 252 + ".pth", "y" * 300):
+    for output in ("fifo", "/dev/null", "new/run/last.pt"):
         student(f"--output {output} cannot be written", output=output, run_dir="new/run")
+    student("File name too long", output="x" * 252 + ".pth", run_dir="new/run")
     (workdir / "folder" / "thesis.tex").write_text("years of work")
     student("folder is not empty", run_dir="folder")
 

@@ -254,6 +254,11 @@ def test_cifake_is_laid_out_from_the_download(cifake, tmp_path, monkeypatch):
     assert (place / "images.partial" / "notes").read_text() == "mine"
     assert sorted(path.name for path in place.iterdir()) == ["images", "images.partial"]
 
+    (tmp_path / "disk" / "images").mkdir(parents=True)
+    (place / "link").symlink_to(tmp_path / "disk" / "images")
+    data.download_cifake(place / "link")
+    assert len(load_cifake(tmp_path / "disk" / "images")) == 40
+
 
 def test_a_layout_that_is_interrupted_leaves_nothing(cifake, tmp_path, monkeypatch):
     shutil.copytree(cifake, tmp_path / "cache" / "train" / "FAKE")

@@ -121,6 +121,7 @@ def write_config(folder: Path, args: dict, name: str = "student") -> None:
         "--demo --epochs 4 --nesterov --milestones 0.3 0.6 --limit 50 --kd_temp 4.5",
         "--optimizer muon --scheduler linear --warmup 0.1 --teacher_weights=-t.pth --mixup 0.4",
         "--hard_labels --train_on noise --teacher_weights a.pth b.pth --seed 1",
+        "--hard_labels --holdout 9 --temperature 4",  # of the loss on the held-out images
     ],
 )
 def test_a_resumed_run_takes_its_flags_from_the_config(argv, tmp_path):

@@ -220,7 +220,6 @@ def test_the_parts_of_the_ranks_are_the_batches_of_one(train, how, monkeypatch):
 
 def test_a_rank_that_does_not_lead_touches_nothing(workdir, monkeypatch, capsys):
     as_rank(monkeypatch, 1, 2)
-    monkeypatch.setattr(parallel, "broadcast", lambda value: value)  # nothing to restore
     with make_run() as run:
         epochs = run.epochs()
         assert next(epochs) == 1

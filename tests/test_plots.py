@@ -169,6 +169,7 @@ def test_odd_names_stand_in_the_legend_as_they_are(workdir, monkeypatch):
     drawn = []
     save = plots._save
     monkeypatch.setattr(plots, "_save", lambda f, *rest: (drawn.append(f), save(f, *rest))[1])
+    monkeypatch.setitem(plots.matplotlib.rcParams, "text.usetex", True)  # as somebody may have it
     names = [r"$\bad$", "_hidden", "a\nb", os.fsdecode(b"no\xffutf"), "run 日本"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

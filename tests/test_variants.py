@@ -1,4 +1,4 @@
-"""synthetic_data/variants.py and the sheet of demo_images.py, on made images."""
+"""synthetic_data/variants.py, on made images."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from test_bad_input import fails, snapshot
 from data import CLASSES, load_cifake
 from experiment.files import save
 from models import build_model, to_checkpoint
-from synthetic_data import demo_images, variants
+from synthetic_data import variants
 
 
 @pytest.fixture
@@ -120,30 +120,4 @@ def test_a_variant_appears_whole_or_not_at_all(source, workdir, monkeypatch, cap
     monkeypatch.setattr(variants, "write", full)
     argv = ["subset", "new", "--count", "9", "--synthetic_data_dir", source]
     assert "No space left on device" in fails(variants, argv, capsys)[1]
-    assert snapshot(workdir) == before
-
-
-# ------------------------------------------------------------------------------ the demo's pictures
-
-
-def test_the_sheet_shows_five_of_each_class_in_both_styles(workdir, capsys):
-    demo_images.main(demo_images.parse_args(["sheet.PNG"]))
-    assert Image.open("sheet.PNG").size == (2 + 10 * 34, 2 + 10 * 34)
-    assert "from left to right: disc, ring, square" in capsys.readouterr().out
-
-
-def test_the_sheet_is_a_new_png(workdir, capsys):
-    Path("file.png").write_text("mine")
-    Path("folder.png").mkdir()
-    os.mkfifo("fifo.png")
-    before = snapshot(workdir)
-    for name in ("file.png", "folder.png", "fifo.png"):
-        expected = f"error: {name} exists: name a new file"
-        assert fails(demo_images, [name], capsys) == (1, expected)
-    for name, code, message in (
-        ("sheet.jpg", 2, "sheet.jpg does not end in .png"),
-        ("nowhere/sheet.png", 1, "nowhere/sheet.png cannot be written: No such file"),
-    ):
-        found, text = fails(demo_images, [name], capsys)
-        assert (found, message in text) == (code, True), text
     assert snapshot(workdir) == before
