@@ -271,7 +271,8 @@ def _pixels(picture: Image.Image) -> np.ndarray:
     if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:  # before they are decoded
         raise UserError("too many pixels")
     if picture.format == "PNG":
-        if "16" in str(picture.tile) or picture.mode.startswith("I"):
+        deep = any("16" in str(tile[3]) for tile in picture.tile)  # its raw mode, "RGB;16B"
+        if deep or picture.mode.startswith("I"):
             raise UserError("not an image of 8 bits a channel")
         if picture.n_frames > 1:
             raise UserError("not a still image")

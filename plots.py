@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import matplotlib
 import numpy as np
@@ -134,25 +133,25 @@ def save_predictions(
         (name, *(f"{score[labels == label].mean():.7g}" for score in scores.values()))
         for label, name in enumerate(test_set.classes)
     )
-    with atomic_write(folder / "per_class.csv") as file:
-        _write_csv(file, ["class", *scores], means)
+    write_csv(folder / "per_class.csv", ["class", *scores], means)
     wrong = (prediction != labels).nonzero().flatten()
     wrong = wrong[table["probability"][wrong].argsort(descending=True, stable=True)[:30]]
     with atomic_write(folder / "mistakes.npz") as file:
         images = test_set.images[wrong].permute(0, 2, 3, 1)  # (30, 3, 32, 32) -> (30, 32, 32, 3)
         columns = {name: column[wrong].numpy() for name, column in table.items()}
         np.savez_compressed(file, images=images.numpy(), **columns)
-    with atomic_write(folder / "predictions.csv") as file:
-        rows = zip(*(column.tolist() for column in table.values()), strict=True)
-        _write_csv(file, list(table), rows)
+    rows = zip(*(column.tolist() for column in table.values()), strict=True)
+    write_csv(folder / "predictions.csv", table, rows)
 
 
-def _write_csv(file: BinaryIO, header: list[str], rows: Iterable[tuple]) -> None:
+def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:
+    """Write a table with a line for each row. Errors: UserError."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
-    file.write(text.getvalue().encode(errors="surrogateescape"))
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode(errors="surrogateescape"))
 
 
 @AS_WRITTEN

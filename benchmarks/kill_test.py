@@ -2,10 +2,10 @@
 
     python benchmarks/kill_test.py --kills 100
 
-Runs of the demo, on the CPU, get SIGKILL at random moments; every other one as soon as a file is
-being written. After each kill every file of the run has to be readable. The run is resumed until it
-ends by itself: its weights, its predictions and its metrics.csv, but for the times, have to be
-those of a run that was never killed, bit for bit. Exit code 1 if anything differs.
+Runs of the demo, on the CPU, get SIGKILL at random moments, about half of the time as soon as a
+file is being written. After each kill every file of the run has to be readable. The run is resumed
+until it ends by itself: its weights, its predictions and its metrics.csv, but for the times, have
+to be those of a run that was never killed, bit for bit. Exit code 1 if anything differs.
 """
 
 import csv

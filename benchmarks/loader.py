@@ -47,7 +47,7 @@ from imagenet.loader import IMAGENET_MEAN, IMAGENET_STD, FolderLoader, opened, r
 # Width, height and quality of the JPEGs: a typical photo of ImageNet, and a picture of SDXL's size.
 SIZES = {"500x375": (500, 375, 93), "1024x1024": (1024, 1024, 80)}
 BATCH = 32
-VIEWS = 200  # of which one is timed by the median
+VIEWS = 200  # are timed one by one; the median counts
 
 
 class Reference(Dataset):
@@ -201,9 +201,7 @@ def report(results: dict) -> None:
         cores = trained * result["view_ms"]["reduced"] / 1e3
         short = [row["workers"] for row in result["loaders"] if row["ours"][0] < trained]
         verdict = f"the loader with {short} workers, else training" if short else "training"
-        print(
-            f"{name}: {cores:.2f} cores feed that; of those measured, the bottleneck is {verdict}"
-        )
+        print(f"{name}: that takes {cores:.2f} cores of decoding; the bottleneck is {verdict}")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -212,9 +210,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--device", type=flags.device, default="auto", help="as in the scripts [%(default)s]")
     add("--workers", type=flags.int_in(0, 256), nargs="+", default=[0, 1, 2], help="[0 1 2]")
     add("--turns", type=flags.int_in(1, 1000), default=5, help="epochs of each way [%(default)s]")
-    add("--images", type=flags.int_in(40, 10**6), default=320, help="an epoch [%(default)s]")
+    add("--images", type=flags.int_in(40, 10**6), default=320, help="of an epoch [%(default)s]")
     add("--train_rate", type=flags.float_in(0, 1e9, above=True), help="images/s [measured]")
-    add("--output", type=Path, default=Path("runs/loader"), help="[%(default)s]")
+    add("--output", type=Path, default=Path("runs/loader"), help="a folder [%(default)s]")
     return parser.parse_args(argv)
 
 

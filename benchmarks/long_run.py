@@ -27,8 +27,9 @@ def resident_mb() -> float:
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = flags.Parser(__doc__)
-    parser.add_argument("--epochs", type=flags.int_in(1, 10**5), default=200, help="[%(default)s]")
-    parser.add_argument("--every", type=flags.int_in(1, 10**5), default=10, help="[%(default)s]")
+    add, count = parser.add_argument, flags.int_in(1, 10**5)
+    add("--epochs", type=count, default=200, help="length of the run [%(default)s]")
+    add("--every", type=count, default=10, help="epochs from one line to the next [%(default)s]")
     return parser.parse_args(argv)
 
 

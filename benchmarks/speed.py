@@ -20,6 +20,7 @@ Muon, 10 and 24). It times two to eight steps of each and extrapolates to all im
 without start-up and saving. The accuracies that they reach are in results/.
 
 Prints tables; writes runs/speed/DEVICE.json and DEVICE.png, DEVICE_whole.json or cpu_recipe.json.
+Not for Windows, whose Python has no module `resource`.
 """
 
 import argparse
@@ -65,25 +66,12 @@ EPOCH = 50_000  # what "an epoch" means in the tables, whatever was measured
 TEMPERATURE = 10.0
 
 # The published recipes, and those of scripts/cpu.sh, as their scripts would get them.
-DEFAULTS = dict(
-    arch="resnet18",
-    augment="crop",
-    momentum=0.9,
-    nesterov=False,
-    milestones=[0.5, 0.8],
-    gamma=0.1,
-    warmup=0.0,
-)
+DEFAULTS = dict(arch="resnet18", augment="crop", momentum=0.9, nesterov=False)
+DEFAULTS |= dict(milestones=[0.5, 0.8], gamma=0.1, warmup=0.0)
 TEACHER = Namespace(**DEFAULTS | fine_tune_teacher_cifar10.RECIPE, distil=False)
 STUDENT = Namespace(**DEFAULTS | main_train_cifar10.RECIPE, distil=True)
-CPU_RECIPE = dict(
-    arch="airbench94",
-    optimizer="muon",
-    momentum=0.6,
-    weight_decay=0.005,
-    scheduler="linear",
-    augment="reflect",
-)
+CPU_RECIPE = dict(arch="airbench94", optimizer="muon", momentum=0.6, weight_decay=0.005)
+CPU_RECIPE |= dict(scheduler="linear", augment="reflect")
 CPU_TEACHER = Namespace(**vars(TEACHER) | CPU_RECIPE | dict(epochs=10, batch_size=1000, lr=0.24))
 CPU_STUDENT = Namespace(**vars(STUDENT) | CPU_RECIPE | dict(epochs=24, batch_size=250, lr=0.12))
 
@@ -498,7 +486,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--cpu_recipe", action="store_true", help="compare whole recipes on the CPU instead")
     add("--data_dir", type=Path, default=Path("data"), help="for --whole: CIFAR-10 [%(default)s]")
     add("--limit", type=flags.int_in(1, 10**9), help="for --whole: as in the scripts [all]")
-    add("--output", type=Path, default=Path("runs/speed"), help="[%(default)s]")
+    add("--output", type=Path, default=Path("runs/speed"), help="a folder [%(default)s]")
     add("--worker", choices=WAYS, help=argparse.SUPPRESS)
     add("--images", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(argv)

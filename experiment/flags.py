@@ -184,15 +184,14 @@ def add_optimisation_flags(parser: Parser, recipe: dict) -> None:
     need("warmup", "--scheduler linear", lambda a: a.scheduler == "linear")
 
 
-def add_augmentation_flags(parser: Parser, choices: Collection[str] = ()) -> None:
-    """--augment, if there are `choices`, and --mixup."""
+def add_augmentation_flags(parser: Parser, choices: Collection[str]) -> None:
+    """--augment, one of `choices`, and --mixup."""
     add, need = parser.add_argument_group("augmentation").add_argument, parser.add_need
     # fmt: off
-    if choices:
-        add("--augment", choices=choices, default="crop",
-            help="crop: a random crop after padding by 4, and a random flip; reflect: a random "
-            "crop after reflecting 2 pixels, and a flip in every other epoch; rrc_jitter: a random "
-            "resized crop, colour jitter and a random flip [%(default)s]")
+    add("--augment", choices=choices, default="crop",
+        help="crop: a random crop after padding by 4, and a random flip; reflect: a random crop "
+        "after reflecting 2 pixels, and a flip in every other epoch; rrc_jitter: a random resized "
+        "crop, colour jitter and a random flip [%(default)s]")
     add("--mixup", type=float_in(0, 100), default=0.0, metavar="ALPHA",
         help="mixup of every batch, with shares from Beta(ALPHA, ALPHA); 0 for none [%(default)s]")
     # fmt: on

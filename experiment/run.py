@@ -64,9 +64,8 @@ class Run:
         metric: str | None = "test_accuracy",
         **extra,
     ) -> None:
-        self.args, self.about, self.on_save, self.metric = args, about, on_save, metric
-        model = state["model"]  # may be there under a second name, too
-        self.state = {k: part for k, part in state.items() if k == "model" or part is not model}
+        self.args, self.state, self.about = args, state, about
+        self.on_save, self.metric = on_save, metric
         self.history: list[dict[str, float]] = []
         self.pending: dict[str, dict] = {}  # checkpoints to write, by file name
         self.saved_at = -math.inf

@@ -189,7 +189,7 @@ def read_classes(label_file: str | Path, num_classes: int) -> tuple[str, ...]:
 
 
 def check_same_classes(a: ImageFiles, b: ImageFiles) -> None:
-    """Errors: UserError where two sets do not number the same classes, as far as names tell.
+    """Errors: UserError if the names of two sets show that they number their classes differently.
 
     WordNet ids are not compared with words, which `list_images` has compared with torchvision's.
     """

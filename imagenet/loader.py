@@ -2,7 +2,7 @@
 
     folder -> index.ImageFiles -> FolderLoader -> normalised float batches
 
-Workers decode, crop and resize to uint8. Batches are normalised and mixed on the device.
+Workers decode, crop and resize to uint8. Batches are normalised on the device.
 """
 
 import os
@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
-import augmentations
 from data import check_batch_size
 from experiment import parallel
 from experiment.errors import UserError
@@ -40,13 +39,15 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def opened(path: str) -> Iterator[Image.Image]:
     """A JPEG or PNG that is not decoded yet. Any error in the block becomes a UserError."""
     try:
-        with warnings.catch_warnings(), Image.open(path, formats=("JPEG", "PNG")) as picture:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Pillow warns of is refused, or harmless
-            if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:  # before they are decoded
-                raise ValueError("too many pixels")
-            if picture.mode.startswith(("I", "F")) or "16" in str(picture.tile):
-                raise ValueError("it does not have 8 bits a channel")
-            yield picture
+            with Image.open(path, formats=("JPEG", "PNG")) as picture:
+                if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:  # before it is decoded
+                    raise ValueError("too many pixels")
+                deep = any("16" in str(tile[3]) for tile in picture.tile)  # its raw mode, "RGB;16B"
+                if picture.mode.startswith(("I", "F")) or deep:
+                    raise ValueError("it does not have 8 bits a channel")
+                yield picture
     except Exception as error:  # the decoders raise nearly anything on a broken or hostile file
         raise UserError(f"{path}: not an image that can be read: {error}") from error
 
@@ -95,16 +96,17 @@ def _pixels(picture: Image.Image) -> Tensor:
 # ---------------------------------------------------------------------------------------- checking
 
 
-def check_data(files: ImageFiles, sample: int = 1000) -> str:
+def check_data(files: ImageFiles, size: int = 224, sample: int = 1000) -> str:
     """A report of three lines: counts, and the properties of a random `sample` of the images.
 
+    `size` is that of the views whose speed it reports.
     Errors: UserError if an image cannot be read, which would end a run hours later.
     """
     picks = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:sample]
     looks, broken = [], []
     for i in picks.tolist():
         try:
-            looks.append(_look(files.path(i)))
+            looks.append(_look(files.path(i), size))
         except UserError as error:
             broken.append(error)
     if broken:
@@ -129,15 +131,15 @@ def check_data(files: ImageFiles, sample: int = 1000) -> str:
     )
 
 
-def _look(path: str) -> tuple[str, str, bool, float, float]:
+def _look(path: str, size: int) -> tuple[str, str, bool, float, float]:
     """Format, size, whether it has one colour, kilobytes, and the seconds of a view of an image."""
     began = time.perf_counter()
-    load_view(path, 224, seed=0)
+    load_view(path, size, seed=0)
     seconds = time.perf_counter() - began
     with opened(path) as picture:
-        name, size = f"{picture.format} {picture.mode}", f"{picture.width}x{picture.height}"
+        name, pixels = f"{picture.format} {picture.mode}", f"{picture.width}x{picture.height}"
         blank = all(low == high for low, high in picture.convert("RGB").getextrema())
-    return name, size, blank, os.path.getsize(path) / 1e3, seconds
+    return name, pixels, blank, os.path.getsize(path) / 1e3, seconds
 
 
 # ----------------------------------------------------------------------------------------- batches
@@ -148,9 +150,8 @@ class FolderLoader:
 
     A seed gives the same views with any number of workers and ranks: the order, and a seed for each
     view, are drawn from PyTorch's CPU generator when an epoch begins. `batch_size` is the global
-    one: each rank gets its slice of every training batch, or of the images in order. `train`
-    and `mixup` are as in data.DeviceLoader, but images are mixed within a rank. `labels` has the
-    labels of all images.
+    one: each rank gets its slice of every training batch, or of the images in order. `train` is as
+    in data.DeviceLoader. `labels` has the labels of all images.
 
     `workers` processes decode to uint8, a quarter of the bytes; with 0, this process does. Errors:
     UserError that names an image which cannot be read, or reports a killed worker.
@@ -164,12 +165,10 @@ class FolderLoader:
         train: bool,
         workers: int = 0,
         size: int = 224,
-        mixup: float = 0.0,
     ) -> None:
         if train:
             check_batch_size(batch_size, len(files))
         self.batch_size, self.device, self.train = batch_size, torch.device(device), train
-        self.mixup = mixup if train else 0.0
         self.classes, self.labels = len(files.classes), files.labels.to(self.device)
         statistics = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=self.device)
         self.mean, self.std = 255 * statistics.view(2, 3, 1, 1)
@@ -191,15 +190,11 @@ class FolderLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.schedule[:] = self._training_schedule() if self.train else self._test_schedule()
-        if self.mixup:
-            shares = augmentations.draw_shares(len(self), self.mixup).to(self.device)
-        for i, (images, labels) in enumerate(self._decoded()):
-            images, labels = (x.to(self.device, non_blocking=True) for x in (images, labels))
+        pinned = self.device.type == "cuda"  # MPS would copy after the source is freed
+        for images, labels in self._decoded():
+            images, labels = (x.to(self.device, non_blocking=pinned) for x in (images, labels))
             images = images.to(torch.float32, memory_format=torch.channels_last)
             images.sub_(self.mean).div_(self.std)
-            if self.mixup:
-                images = augmentations.mixup(images, shares[i])
-                labels = augmentations.mix_labels(labels, shares[i], self.classes)
             yield images, labels
 
     def _training_schedule(self) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -45,17 +45,8 @@ from plots import plot_run
 
 NETWORKS = tuple(CIFAR_STEMS)  # torchvision's, with their own stems
 # The published recipe.
-RECIPE = dict(
-    epochs=100,
-    batch_size=256,
-    optimizer="sgd",
-    lr=0.1,
-    momentum=0.9,
-    weight_decay=1e-4,
-    scheduler="multistep",
-    milestones=[0.3, 0.6, 0.9],
-    gamma=0.1,
-)
+RECIPE = dict(epochs=100, batch_size=256, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4)
+RECIPE |= dict(scheduler="multistep", milestones=[0.3, 0.6, 0.9], gamma=0.1)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -72,7 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         help="lists all classes in order, if the training images are of some of them only: the "
         "label file of Stable-ImageNet-1K, or Kaggle's LOC_synset_mapping.txt")
     add("--check_data", action="store_true", help="count and sample the images, report and exit")
-    add("--num_classes", type=count, default=1000, metavar="N", help="how many [%(default)s]")
+    add("--num_classes", type=count, default=1000, metavar="N", help="of both sets [%(default)s]")
     add("--image_size", type=side, default=224, metavar="N", help="pixels a side [%(default)s]")
     add("--limit", type=count, metavar="N", help="use N images of each set, evenly spaced [all]")
     add("--workers", type=flags.int_in(0, 1024), default=8, metavar="N",
@@ -82,7 +73,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--arch", choices=NETWORKS, default="resnet18", metavar="NAME",
         help=f"{networks} [resnet18]")
     flags.add_optimisation_flags(parser, RECIPE)
-    flags.add_augmentation_flags(parser)
     add = parser.add_argument_group("distillation").add_argument
     add("--teacher_weights", default="resnet18", metavar="TEACHER",
         help=f"{networks}, with torchvision's IMAGENET1K_V1 weights; a weight file or a URL "
@@ -101,10 +91,11 @@ def main(args: Namespace) -> None:
     # data: the student trains on synthetic images, and is tested on real ones
     train_files, test_files = list_data(args)
     if args.check_data:
-        print(f"{check_data(train_files)}\n{check_data(test_files)}")
+        for files in (train_files, test_files):
+            print(check_data(files, args.image_size))
         return
     reading = dict(batch_size=args.batch_size, workers=args.workers, size=args.image_size)
-    train_loader = FolderLoader(train_files, device=device, train=True, mixup=args.mixup, **reading)
+    train_loader = FolderLoader(train_files, device=device, train=True, **reading)
     test_loader = FolderLoader(test_files, device=device, train=False, **reading)
 
     # teacher and student, optimizer, scheduler
@@ -143,7 +134,7 @@ def main(args: Namespace) -> None:
     with Run(args, "imagenet", state, about, device, amp, must_match, plot_run, **extra) as run:
         for epoch in run.epochs():
             train = train_one_epoch(student, train_loader, step, scheduler, run.on_batch)
-            final = epoch == args.epochs  # tested in float32, whatever --amp is
+            final = epoch == args.epochs  # tested in float32 (CUDA: TF32), whatever --amp is
             test = evaluate(student, test_loader, None if final else amp)
             run.log(
                 {

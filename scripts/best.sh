@@ -9,7 +9,6 @@
 set -euo pipefail
 source "$(dirname "$0")/once.sh"
 experiment best "$@"
-source "$(dirname "$0")/environment.sh" requirements.txt
 # shellcheck disable=SC2206
 recipe=("${both[@]}" $muon_student --epochs "${EPOCHS:-200}" ${RECIPE:-})
 

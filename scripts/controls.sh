@@ -12,7 +12,6 @@ teacher=${1:?name the weight file of a teacher}
 shift
 source "$(dirname "$0")/once.sh"
 experiment controls "$@"
-source "$(dirname "$0")/environment.sh" requirements.txt
 # shellcheck disable=SC2206
 recipe=(--epochs "${EPOCHS:-8}" ${RECIPE:-$fast_student})
 

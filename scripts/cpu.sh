@@ -6,17 +6,16 @@
 # Needs CIFAR-10 and CIFAKE (README, "Install"), 2 GB of memory, and one to two hours. Each run
 # prints a forecast of its time after the first steps. DMKD_DATA=FOLDER names a folder with both data
 # sets; the default is where the scripts expect them. Runs, plots, networks and table go to
-# runs/cpu$TAG/; TAG=_off RECIPE="--amp off" makes others, in runs/cpu_off/. Finished runs are
+# runs/cpu$TAG/: with TAG=_off RECIPE="--amp off", a float32 pair in runs/cpu_off/. Finished runs are
 # skipped, stopped ones are resumed.
 set -euo pipefail
 source "$(dirname "$0")/once.sh"
 experiment cpu "$@"
-source "$(dirname "$0")/environment.sh" requirements.txt
 
 if [ ! -d "$real/cifar-10-batches-bin" ] && [ ! -d "$real/cifar-10-batches-py" ]; then
     echo "note: CIFAR-10 is not in $real, it will be downloaded there (170 MB)"
 fi
-if [ ! -d "$cifake" ]; then
+if [ -z "$(ls "$cifake" 2> /dev/null)" ]; then # no folder, or an empty one
     echo "error: CIFAKE is not in $cifake: put the images of its train/FAKE there (see synthetic_data/README.md)" >&2
     exit 1
 fi

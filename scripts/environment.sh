@@ -1,9 +1,9 @@
-# Sourced by the other scripts. Enters the repository, where relative paths start from then on. Installs
-# the requirements file that the first argument names, unless the same content was installed before: into
-# the virtual environment that is active, else into .venv, which is made if it is missing. PYTHON names
-# the interpreter that makes it (default python3).
+# Sourced by the other scripts. Changes to the repository's folder, where relative paths then start.
+# Installs the requirements file that the first argument names, unless the same content was installed
+# before: into the virtual environment that is active, else into .venv, which is made if it is missing.
+# PYTHON names the interpreter that makes it (default python3).
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.."
 requirements=$1
 environment=${VIRTUAL_ENV:-$PWD/.venv}
 if [ ! -x "$environment/bin/python" ]; then

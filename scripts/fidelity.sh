@@ -39,6 +39,9 @@ else
     updates=19500 batch=128
     measure=""
 fi
+for count in $counts; do
+    [ "$count" -ge $batch ] || { echo "error: COUNTS: $count images are less than a batch of $batch" >&2 && exit 2; }
+done
 
 images() { # images NAME FLAGS...: a set of the generator, and its measures
     python synthetic_data/generate.py --pipeline local --model $top/generator.pth $sampler \
@@ -82,7 +85,6 @@ done
 echo "== students of the expert, by the number of images, with the same number of updates"
 images more --guidance_scale 2 --steps $larger_steps --per_class $larger
 for count in $counts; do
-    [ "$count" -ge $batch ] || { echo "error: COUNTS: $count images are less than a batch of $batch" >&2 && exit 1; }
     epochs=$(((updates + count / batch - 1) / (count / batch)))
     for seed in $seeds; do
         once "$top/counts/$count-$seed" main_train_cifar10.py "${data[@]}" \

@@ -6,17 +6,16 @@
 #
 # TEACHER is a weight file. Every student sees EPOCHS times 50,000 views, so a small set is seen more
 # often. The students are those of scripts/cpu.sh; on a GPU, use EPOCHS=50 RECIPE="--stem cifar" for
-# the default recipe. WEAK are the epochs of the weaker teachers, LENGTHS those of students that
-# train longer or shorter; "" leaves them out. ENSEMBLE can name several weight files, which then form an ensemble.
+# the default recipe. WEAK lists the epochs of the weaker teachers, LENGTHS those of students that
+# train longer or shorter; "" leaves them out. ENSEMBLE lists the weight files of an ensemble.
 # DMKD_DATA is the folder of both data sets. Runs and table go to runs/findings$TAG/, the student to
-# compare with to runs/controls$TAG/. Give every other recipe or teacher a TAG, such as _gpu. Finished
-# runs are skipped, stopped ones are resumed.
+# compare with goes to runs/controls$TAG/. Give every other recipe or teacher a TAG, such as _gpu.
+# Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift
 source "$(dirname "$0")/once.sh"
 experiment findings "$@"
-source "$(dirname "$0")/environment.sh" requirements.txt
 epochs=${EPOCHS:-8} weak=${WEAK-1 2 4} lengths=${LENGTHS-4 16 32}
 # shellcheck disable=SC2206
 recipe=(--epochs "$epochs" "${both[@]}" ${RECIPE:-$fast_student})
@@ -38,9 +37,9 @@ for seed in ${*:-0 1 2}; do
     # the student to compare with: the first one of controls.sh
     runs=runs/controls${TAG:-} student cifake --teacher_weights "$teacher"
     # fidelity: images that the teacher disputes, those it does not, and both; degraded images
-    on_variant disputed disputed --teacher "$teacher"
-    on_variant agreed agreed --teacher "$teacher"
-    on_variant undivided undivided --teacher "$teacher"
+    on_variant disputed disputed --teacher_weights "$teacher"
+    on_variant agreed agreed --teacher_weights "$teacher"
+    on_variant undivided undivided --teacher_weights "$teacher"
     on_variant blur blur --radius 1
     on_variant jpeg jpeg --quality 5
     # number

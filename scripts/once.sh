@@ -5,8 +5,8 @@
 real=${DMKD_DATA:-data} cifake=${DMKD_DATA:-synthetic_data}/cifake_train_fake
 data=(--data_dir "$real") both=(--data_dir "$real" --synthetic_data_dir "$cifake")
 
-# The recipes of the fast pair: small networks that a CPU trains in one to two hours. The student's comes
-# from scripts/search.sh.
+# The recipes of the fast pair: small networks that a CPU trains in one to two hours. The student's was
+# chosen by scripts/search.sh.
 muon="--optimizer muon --momentum 0.6 --weight_decay 0.005 --scheduler linear --augment reflect"
 muon_student="$muon --batch_size 250 --lr 0.12"
 # shellcheck disable=SC2034
@@ -14,7 +14,8 @@ fast="--arch airbench94 $muon" fast_student="--arch airbench94 $muon_student"
 # shellcheck disable=SC2034
 fast_teacher="$fast --batch_size 1000 --lr 0.24"
 
-# experiment NAME [SEED ...]: its runs and their table go to runs/NAME$TAG/. Checks the seeds.
+# experiment NAME [SEED ...]: its runs and their table go to runs/NAME$TAG/. Checks the seeds, and then
+# makes the environment.
 experiment() {
     runs=runs/$1${TAG:-}
     local seed
@@ -24,6 +25,7 @@ experiment() {
             exit 2
         }
     done
+    source "$(dirname "$0")/environment.sh" requirements.txt
 }
 
 # once RUN SCRIPT FLAGS...

@@ -9,7 +9,6 @@
 set -euo pipefail
 source "$(dirname "$0")/once.sh"
 experiment pairs "$@"
-source "$(dirname "$0")/environment.sh" requirements.txt
 teacher=${TEACHER:---epochs 200 --optimizer sgd --nesterov --lr 0.1 --weight_decay 5e-4 --scheduler cosine}
 # shellcheck disable=SC2206
 recipe=("${both[@]}" ${STUDENT:---epochs 400 --scheduler cosine --mixup 1 --augment rrc_jitter})

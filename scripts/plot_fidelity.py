@@ -7,8 +7,6 @@ and teacher; counts.csv; and fidelity.png: the students' accuracy over the teach
 images, over guidance, and over the number of images. Accuracies are the last epoch's.
 """
 
-import csv
-import io
 import json
 import statistics
 import sys
@@ -24,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiment import flags
 from experiment.errors import UserError, one_line_errors
 from experiment.files import atomic_write
-from plots import read_metrics
+from plots import read_metrics, write_csv
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -83,15 +81,6 @@ def over_seeds(rows: list[dict], *keys: str) -> list[tuple[dict, float, float]]:
     return found
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
-
-
 def table(groups: list[tuple[dict, float, float]]) -> str:
     lines = [
         "| images | guidance | steps | expert's accuracy on them | its confidence | FID "
@@ -148,11 +137,11 @@ def main(args: Namespace) -> None:
         raise UserError(f"no student in {top} is finished yet")
     output.mkdir(parents=True, exist_ok=True)
     groups = over_seeds(students, "images", "teacher")
-    write_csv(output / "fidelity.csv", students)
+    write_csv(output / "fidelity.csv", students[0], map(dict.values, students))
     with atomic_write(output / "table.md") as file:
         file.write(table(groups).encode())
     if counts:
-        write_csv(output / "counts.csv", counts)
+        write_csv(output / "counts.csv", counts[0], map(dict.values, counts))
     draw(groups, over_seeds(counts, "images"), output / "fidelity.png")
     print(table(groups))
 

@@ -10,7 +10,6 @@ start=${1:-imagenet}
 shift || true
 source "$(dirname "$0")/once.sh"
 experiment reproduction "$@"
-source "$(dirname "$0")/environment.sh" requirements.txt
 recipe=("${both[@]}" --epochs 50 --lr 0.05 --batch_size 128 --stem imagenet)
 
 name=$(basename "$start") && name=${name%.*}

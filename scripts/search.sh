@@ -7,14 +7,13 @@
 # and on five shifted copies of each (brighter, less saturated, blurred, JPEG, sharper). The test
 # accuracy is also in summary.csv and decides nothing. The last settings are for other searches:
 # augmentations in longer runs, and optimizers for a ResNet18. EPOCHS, IMAGES and SETTINGS (names from
-# below) shorten or lengthen it. DMKD_DATA is the folder of both data sets. Runs and table go to
+# below) shorten or lengthen the search. DMKD_DATA is the folder of both data sets. Runs and table go to
 # runs/search$TAG/. Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift
 source "$(dirname "$0")/once.sh"
 experiment search "$@"
-source "$(dirname "$0")/environment.sh" requirements.txt
 # shellcheck disable=SC2206
 recipe=("${both[@]}" --holdout 2000 --limit "${IMAGES:-50000}" --epochs "${EPOCHS:-4}"
     $fast --batch_size 1000 --lr 0.24 --teacher_weights "$teacher")

@@ -3,16 +3,15 @@
     python scripts/summarize.py runs/controls runs/controls/*/      # as scripts/controls.sh does
     python scripts/summarize.py results/controls runs/controls/*/   # to publish them
 
-A run's folder is named SETTING-SEED. The config.json, metrics.csv and per_class.csv of a run that
-is elsewhere are copied.
+A run's folder is named SETTING-SEED. Of a run that is not in the first folder, config.json,
+metrics.csv and per_class.csv are copied there.
+
 summary.csv has one row per setting: the number of seeds, the teacher's accuracy, mean and sample
 standard deviation of the last epoch's accuracy, the mean of the best epochs (picked on the test
-set), other columns of the last epoch, the minutes of a run, hardware and commit. The minutes count
-everything from start to exit or, if a run did not record that, its epochs only.
+set), other columns of the last epoch, the minutes of a run, hardware and commit. The minutes are
+those of the whole run or, if it did not record them, of its epochs only.
 """
 
-import csv
-import io
 import json
 import shutil
 import statistics
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiment import flags
 from experiment.errors import UserError, one_line_errors
 from experiment.files import atomic_write
-from plots import read_metrics
+from plots import read_metrics, write_csv
 
 KEPT = ("config.json", "metrics.csv", "per_class.csv")
 ENDS = {"train_agreement": 2, "val_kd_loss": 4, "val_agreement": 2}
@@ -59,14 +58,9 @@ def main(args: Namespace) -> None:
         keep(run["folder"], args.output / name)
         settings.setdefault(name.rpartition("-")[0] or name, []).append(run)
     rows = [summary(setting, runs) for setting, runs in settings.items()]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with atomic_write(args.output / "summary.csv") as file:
-        file.write(text.getvalue().encode())
+    write_csv(args.output / "summary.csv", rows[0], map(dict.values, rows))
     draw(settings, args.output / "summary.png")
-    print(text.getvalue(), end="")
+    print((args.output / "summary.csv").read_text(encoding="utf-8"), end="")
 
 
 def keep(folder: Path, copy: Path) -> None:

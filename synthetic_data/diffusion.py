@@ -11,6 +11,7 @@ of classifier-free guidance.
 """
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -96,31 +97,27 @@ def sample(
     At 1 this is v(x, label); the paper's w is guidance_scale - 1. The first step starts at the
     noisiest t (Lin et al. 2024, arXiv 2305.08891: "trailing").
     """
-    schedule = import_diffusers().DDIMScheduler.from_config(
-        build_schedule().config, timestep_spacing="trailing"
-    )
-    schedule.set_timesteps(steps)
+    shares = [*build_schedule().alphas_cumprod, torch.ones(())]  # a_t; the last, at -1: no noise
+    times = [round(1000 - 1000 * i / steps) - 1 for i in range(steps + 1)]  # from 999 to -1
     any_class = torch.full_like(labels, unet.spec["num_classes"])
     x = noise.to(memory_format=torch.channels_last)
-    for t in schedule.timesteps:
+    for t, after in pairwise(times):
         if guidance_scale == 1:
             v = unet(x, t, class_labels=labels).sample.float()
         else:
             both = unet(torch.cat([x, x]), t, class_labels=torch.cat([labels, any_class])).sample
             given, free = both.float().chunk(2)
             v = free + guidance_scale * (given - free)
-        x = schedule.step(v, t, x).prev_sample
+        a, b = shares[t], shares[after]
+        image = (a**0.5 * x - (1 - a) ** 0.5 * v).clamp(-1, 1)
+        error = a**0.5 * v + (1 - a) ** 0.5 * x
+        x = b**0.5 * image + (1 - b) ** 0.5 * error
     return (x / 2 + 0.5).clamp(0, 1)
 
 
 def describe(unet: nn.Module, classes: tuple[str, ...]) -> dict:
     """What a checkpoint holds beside the weights; `classes` names the labels, in order."""
     return {"kind": "diffusion", **unet.spec, "classes": list(classes)}
-
-
-def to_checkpoint(unet: nn.Module, classes: tuple[str, ...]) -> dict:
-    """What `load_unet` rebuilds `unet` from: tensors and plain types."""
-    return {**describe(unet, classes), "model": unet.state_dict()}
 
 
 def load_unet(path: str | Path) -> tuple[nn.Module, list[str]]:

@@ -14,6 +14,7 @@ The noise of an image depends on --seed, its class and its number only, and not 
 set, on stops or on the number of GPUs. On the CPU, with the same number of threads, the files are
 the same bit for bit. On GPUs, images may differ in the last bit with --batch_size and the GPU
 model. After a stop, the same command resumes.
+
 `torchrun --nproc_per_node 8 synthetic_data/generate.py ...` splits the work over eight GPUs.
 """
 
@@ -70,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         help="a name on diffusers' hub, a folder of the same form, or for local a file; defaults: "
         + ", ".join(MODELS.values()))
     add("--dtype", choices=("auto", *DTYPES), default="auto",
-        help="auto is bf16 or fp16 on a GPU, float32 on a CPU [%(default)s]")
+        help="auto is bf16 or fp16 on a CUDA GPU, else float32 [%(default)s]")
     add = parser.add_argument_group("images").add_argument
     add("--classes", metavar="NAME",
         help="cifar10, cifar100, imagenet, or a file with one class per line, like those in "
@@ -93,8 +94,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--overwrite", action="store_true", help="delete the set in --output first")
     add("--batch_size", type=flags.int_in(1, 10**5), default=64, metavar="N",
         help="images at a time on a GPU; a CPU makes one at a time [%(default)s]")
+    add("--device", type=flags.device, default="auto",
+        help="auto, cpu, cuda, cuda:N, mps or xpu [%(default)s]")
     # fmt: on
-    add("--device", type=flags.device, default="auto", help="auto, cpu, cuda, cuda:N [%(default)s]")
     parser.add_need(
         "prompt", "--pipeline stable-diffusion", lambda args: args.pipeline == "stable-diffusion"
     )
@@ -144,7 +146,7 @@ def main(args: Namespace) -> None:
 def pick_device_and_dtype(args: Namespace) -> tuple[torch.device, torch.dtype]:
     """From --device and --dtype; under torchrun, each process has a GPU of its own.
 
-    On a CPU "auto" is float32, so that every CPU makes the same images.
+    On a CPU "auto" is float32, so that every CPU makes the same images; on MPS and XPU, too.
     """
     device, amp = pick_device(args.device, "auto" if args.dtype == "auto" else "off")
     auto = amp if amp and device.type != "cpu" else torch.float32
@@ -174,6 +176,8 @@ def load_categories(args: Namespace, model: str) -> tuple[list[Category], dict]:
                 f"class {category.name} has no ImageNet number, and DiT knows nothing else: see "
                 "synthetic_data/README.md"
             )
+    if len(categories) > 4096:  # see Plan.image_seed
+        raise UserError(f"{len(categories)} classes: with more than 4096, images would share noise")
     classes = hashlib.sha256(repr(categories).encode()).hexdigest()
     return categories, {"model_sha256": model_sha256, "classes_sha256": classes}
 
@@ -219,12 +223,12 @@ def make(plan: Plan, batches: list[range], draw: Draw, rank: int) -> None:
 
 def to_pixels(pictures: Tensor, size: int) -> np.ndarray:
     """float (B, 3, H, W), 0 to 1 -> uint8 (B, size, size, 3). Errors: UserError."""
-    pictures = pictures.float()
+    pictures = pictures.float().cpu()  # on MPS, PyTorch 2.6 has no antialiasing
     if not pictures.isfinite().all():
         raise UserError("the model makes values that are not finite: try --dtype float32")
     if pictures.shape[2:] != (size, size):
         pictures = F.interpolate(pictures, (size, size), mode="bilinear", antialias=True)
-    return (255 * pictures.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return (255 * pictures.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 # ---------------------------------------------------------------------------------- the pipelines

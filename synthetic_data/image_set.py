@@ -2,12 +2,13 @@
 
 OUTPUT/
     images/            the images, which a student reads, and nothing else
-    config.json        every flag, and for each part of the job command, commit, versions, hardware
-    contact_sheets/    64 images of each class; contact_sheet.png has ten of each
+    config.json        the flags that the images depend on, and for each part of the job its
+                       command, commit, versions and hardware
+    contact_sheets/    64 images of each class; contact_sheet.png has ten of the first 100
     manifest.csv       one row per image; written last: a set that has one is finished
 
-Several processes may write to one set. Each writes its own images, and all would write the same
-other files.
+Several processes may write to one set. Each writes its own images. The other files are the same,
+whichever process writes them.
 """
 
 import csv
@@ -32,8 +33,8 @@ from experiment.files import atomic_write
 from experiment.folder import FORMAT, read_config, write_config
 from synthetic_data.classes import Category
 
-# Flags that may differ when a stopped job is resumed: they do not change the images. The model and
-# the dtype are compared separately, as their defaults depend on other flags.
+# Flags that may differ when a stopped job is resumed: they change no image, but for rounding. The
+# model and the dtype are compared separately, as their defaults depend on other flags.
 FREE = ("output", "overwrite", "batch_size", "device", "model", "dtype", "demo")
 # The files of a set, which --overwrite deletes, with those that a killed process may leave.
 FILES = {
@@ -66,9 +67,13 @@ class Plan:
         PNG is lossless: the pixels do not depend on the encoder's version or settings.
         """
         index, label = divmod(n, len(self.categories))
-        if tuple(category.name for category in self.categories) == CLASSES:
+        if self._is_cifar10:
             return f"{index:06d}.png" if label == 0 else f"{index:06d} ({label + 1}).png"
         return f"{self.categories[label].folder}/{index:06d}.png"
+
+    @functools.cached_property
+    def _is_cifar10(self) -> bool:
+        return tuple(category.name for category in self.categories) == CLASSES
 
     def condition(self, n: int) -> str | int:
         """What the model is conditioned on: a prompt, the number of an ImageNet class, a label."""

@@ -63,8 +63,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         help="use only the first N images of each set, for a quick test [all]")
     parser.add_argument("--neighbours", type=flags.int_in(24, 10**5), default=1000, metavar="N",
         help="number of images whose nearest training images are searched [%(default)s]")
+    parser.add_argument("--device", type=flags.device, default="auto",
+        help="auto, cpu, cuda, cuda:N, mps or xpu [%(default)s]")
     # fmt: on
-    parser.add_argument("--device", type=flags.device, default="auto", help="[%(default)s]")
     return parser.parse_args(argv)
 
 
@@ -110,10 +111,10 @@ def main(args: Namespace) -> None:
     ]
     apart = torch.linspace(0, len(samples) - 1, min(24, len(samples))).long()
     rows = torch.stack([column[apart] for column in columns], dim=1)  # (24, 3, 3, 32, 32)
-    with atomic_write(args.output / "nearest.png") as file:
-        save_image(rows.flatten(0, 1) / 255, file, nrow=12, format="png")
     with atomic_write(args.output / "measures.json") as file:
         file.write((json.dumps(measures, indent=2) + "\n").encode())
+    with atomic_write(args.output / "nearest.png") as file:
+        save_image(rows.flatten(0, 1) / 255, file, nrow=12, format="png")
     print(json.dumps(measures, indent=2))
 
 

@@ -37,15 +37,8 @@ from synthetic_data.demo_images import load_demo
 from synthetic_data.ema import EMA
 
 # The recipe, and what --demo changes.
-RECIPE = dict(
-    epochs=100,
-    batch_size=256,
-    optimizer="adam",
-    lr=5e-4,
-    weight_decay=0.0,
-    scheduler="onecycle",
-    ema=0.9995,
-)
+RECIPE = dict(epochs=100, batch_size=256, optimizer="adam", lr=5e-4, weight_decay=0.0)
+RECIPE |= dict(scheduler="onecycle", ema=0.9995)
 DEMO = dict(epochs=2, batch_size=32, lr=2e-3, channels=16, layers=1, ema=0.98)
 DEMO |= dict(output=Path("runs/demo/diffusion_cifar10.pth"))
 
@@ -65,8 +58,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         help='share of the labels that become "any", for guidance [%(default)s]')
     add = parser.add_argument_group("average").add_argument
     add("--ema", type=flags.float_in(0, 0.99999), metavar="X",
-        help="decay, per batch, of an exponential moving average of the weights, which is then "
-        "tested and saved; 0 for none [%(default)s]")
+        help="decay, per batch, of the exponential moving average of the weights, which is tested "
+        "and saved; 0 for the weights themselves [%(default)s]")
     # fmt: on
     flags.add_optimisation_flags(parser, RECIPE)
     flags.add_run_flags(parser, "diffusion", "diffusion_cifar10.pth")
@@ -154,7 +147,7 @@ def fixed_loss(
 ) -> float:
     """The mean loss over `data`, with the same noise every time and all labels given.
 
-    If it rose on the test images while the training loss falls, the network would be overfitting.
+    If it rises on the test images while the training loss falls, the network is overfitting.
     """
     seed_everything(0)
     loss_sum = torch.zeros((), device=device)
@@ -171,10 +164,12 @@ def draw_samples(
     """A picture with a row of eight samples for each class."""
     labels = torch.arange(classes).repeat_interleave(8)
     noise = torch.randn(len(labels), 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = []
     with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-        images = diffusion.sample(unet, labels.to(device), noise.to(device), **SHEET)
+        for some, start in zip(labels.split(80), noise.split(80), strict=True):  # CIFAR-100: 800
+            images.append(diffusion.sample(unet, some.to(device), start.to(device), **SHEET))
     with atomic_write(path) as file:
-        save_image(images, file, nrow=8, format="png")
+        save_image(torch.cat(images), file, nrow=8, format="png")
 
 
 if __name__ == "__main__":

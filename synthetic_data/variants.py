@@ -1,7 +1,7 @@
 """Variants of CIFAKE: fewer images, those that a teacher disputes or not, or degraded ones.
 
     python synthetic_data/variants.py subset --count 10000 runs/variants/10000
-    python synthetic_data/variants.py disputed --teacher teacher.pth runs/variants/disputed
+    python synthetic_data/variants.py disputed --teacher_weights t.pth runs/variants/disputed
     python synthetic_data/variants.py jpeg --quality 5 runs/variants/jpeg
 
 `main_train_cifar10.py --synthetic_data_dir FOLDER` trains a student on one. Its images depend only
@@ -54,14 +54,15 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         help="CIFAKE's images [%(default)s]")
     add("--count", type=flags.int_in(1, 10**9), default=10_000, metavar="N",
         help="number of images of a subset [%(default)s]")
-    add("--teacher", default="teacher_cifar10_finetuned.pth", metavar="FILE",
+    add("--teacher_weights", default="teacher_cifar10_finetuned.pth", metavar="FILE",
         help="the teacher that disputes images [%(default)s]")
     add("--radius", type=flags.float_in(0, 32, above=True), default=1.0, metavar="X",
         help="radius of the blur, in pixels [%(default)s]")
     add("--quality", type=flags.int_in(1, 95), default=5, metavar="N",
         help="quality of the JPEGs [%(default)s]")
     # fmt: on
-    needs = {"count": ("subset",), "teacher": JUDGED, "radius": ("blur",), "quality": ("jpeg",)}
+    needs = {"count": ("subset",), "teacher_weights": JUDGED}
+    needs |= {"radius": ("blur",), "quality": ("jpeg",)}
     for flag, kinds in needs.items():
         parser.add_need(
             flag, f"KIND {' or '.join(kinds)}", lambda args, kinds=kinds: args.kind in kinds
@@ -111,7 +112,7 @@ def choose(images: ImageSet, args: Namespace) -> Tensor:
             raise UserError(f"--count {args.count}: there are {len(images)} images")
         return order[: args.count]
     device, amp = pick_device("auto", "off")
-    teacher = load_model(args.teacher, classes=list(images.classes)).to(device)
+    teacher = load_model(args.teacher_weights, classes=list(images.classes)).to(device)
     loader = DeviceLoader(images, TEST_BATCH_SIZE, device, train=False)
     disputed = predict(teacher, loader, amp).argmax(1) != images.labels
     if args.kind == "disputed":

@@ -80,6 +80,7 @@ def started_by(workdir: Path, name: str, *argv: str) -> list[str]:
     python.write_text(STUB)
     python.chmod(0o755)
     (workdir / "the data" / "cifake_train_fake").mkdir(parents=True)
+    (workdir / "the data" / "cifake_train_fake" / "1000.jpg").touch()
     for path in REPOSITORY.glob("requirements*.txt"):
         (workdir / path.name).touch()
     paths = {"LOG": workdir / "log", "DMKD_DATA": workdir / "the data", "VIRTUAL_ENV": active}

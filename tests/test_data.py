@@ -177,6 +177,11 @@ BAD_IMAGES = {
 }
 
 
+def test_a_side_of_160_pixels_is_no_depth_of_16_bits(tmp_path):
+    Image.new("RGB", (160, 116)).save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png").shape == (3, 32, 32)
+
+
 @pytest.mark.parametrize("name", BAD_IMAGES)
 def test_a_bad_image_is_named(name, cifake, capfd, recwarn):
     content, message = BAD_IMAGES[name]

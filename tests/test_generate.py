@@ -45,10 +45,9 @@ def models(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    unet = diffusion.build_unet(10, channels=8, layers=1)
-    save(folder / "local", diffusion.to_checkpoint(unet, CLASSES))
-    unet = diffusion.build_unet(2, channels=8, layers=1)
-    save(folder / "local_two", diffusion.to_checkpoint(unet, ("left", "right")))
+    for name, classes in (("local", CLASSES), ("local_two", ("left", "right"))):
+        unet = diffusion.build_unet(len(classes), channels=8, layers=1)
+        save(folder / name, {**diffusion.describe(unet, classes), "model": unet.state_dict()})
 
     def vae():
         return diffusers.AutoencoderKL(

@@ -99,8 +99,7 @@ def test_a_student_learns_from_folders(workdir, tiny, capsys, monkeypatch):
 @pytest.mark.slow
 def test_it_resumes_bit_for_bit(workdir, tiny, monkeypatch):
     monkeypatch.setattr(script, "plot_run", lambda folder: None)
-    flags = [*tiny, "--mixup", 1]
-    student(*flags, "--run_dir", "unbroken", "--output", "unbroken.pth")
+    student(*tiny, "--run_dir", "unbroken", "--output", "unbroken.pth")
     epochs = iter([script.train_one_epoch])  # and then none
 
     def interrupted(*args):
@@ -111,7 +110,7 @@ def test_it_resumes_bit_for_bit(workdir, tiny, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(script, "train_one_epoch", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            student(*flags, "--run_dir", "stopped", "--output", "stopped.pth")
+            student(*tiny, "--run_dir", "stopped", "--output", "stopped.pth")
     assert len(metrics("stopped")) == 1
     student("--resume", "stopped", "--workers", 1)
     assert metrics("stopped") == metrics("unbroken")

@@ -208,13 +208,6 @@ def test_ranks_share_the_test(files, monkeypatch):
     assert labels == files.labels.tolist()
 
 
-def test_a_mix_has_shares_for_labels(files):
-    images, labels = epoch(files, mixup=1.0)[0]
-    assert labels.shape == (24, 20)
-    torch.testing.assert_close(labels.sum(1), torch.ones(24))
-    assert not images.equal(epoch(files)[0][0])
-
-
 def test_batches_that_cannot_be_are_refused(files, monkeypatch):
     with pytest.raises(UserError, match="--batch_size 121 is more than the 120 training images"):
         FolderLoader(files, 121, "cpu", train=True)
@@ -261,6 +254,12 @@ def test_no_image_at_all_is_named(tmp_path, content):
     (tmp_path / "a.jpg").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.jpg: not an image that can be read"):
         load_view(str(tmp_path / "a.jpg"), SIZE, 1)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_side_of_160_pixels_is_no_depth_of_16_bits(tmp_path, suffix):
+    picture(160, 116).save(tmp_path / f"a.{suffix}")
+    assert load_view(str(tmp_path / f"a.{suffix}"), SIZE, None).shape == (3, SIZE, SIZE)
 
 
 def test_sixteen_bits_are_refused(tmp_path):

@@ -119,6 +119,25 @@ def test_it_learns_what_its_classes_look_like():
     assert bright.mean() - dark.mean() > 0.2  # of 0.5; untrained, they differ by 0.01
 
 
+@pytest.mark.parametrize("steps", [1, 50, 61, 600])
+def test_a_network_that_is_always_right_draws_the_image(steps):
+    from diffusers.models.unets.unet_2d import UNet2DOutput
+
+    image, schedule = torch.rand(1, 3, 8, 8) * 1.6 - 0.8, diffusion.build_schedule()
+
+    class Net(torch.nn.Module):
+        spec = {"num_classes": 10}  # noqa: RUF012
+
+        def forward(self, noisy, t, class_labels):
+            a = schedule.alphas_cumprod[max(0, t)]  # a network takes t = -1 for one like 0
+            noise = (noisy - a.sqrt() * image) / (1 - a).sqrt()
+            return UNet2DOutput(a.sqrt() * noise - (1 - a).sqrt() * image)
+
+    noise = torch.randn(1, 3, 8, 8)
+    drawn = diffusion.sample(Net(), torch.tensor([3]), noise, 1, steps)
+    torch.testing.assert_close(drawn, image / 2 + 0.5, rtol=0, atol=1e-3)
+
+
 def test_the_loss():
     """The error of a network that is always right is zero; labels are dropped as told."""
     from diffusers.models.unets.unet_2d import UNet2DOutput

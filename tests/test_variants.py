@@ -43,7 +43,7 @@ def test_a_subset_is_drawn_with_seed_0_and_copied_bit_for_bit(source):
 
 
 def test_disputed_images_and_as_many_of_each_class_of_all(source):
-    given = ("--teacher", "teacher.pth")
+    given = ("--teacher_weights", "teacher.pth")
     make(source, "disputed", "disputed", *given)
     make(source, "undivided", "undivided", *given)
     disputed, undivided = load_cifake("disputed"), load_cifake("undivided")
@@ -71,9 +71,9 @@ def test_spoilt_images_keep_their_classes(kind, flag, suffix, source):
     [
         ("subset", ["--count", "41"], 1, "--count 41: there are 40 images"),
         ("subset", ["--quality", "6"], 2, "--quality needs KIND jpeg"),
-        ("jpeg", ["--teacher", "x.pth"], 2, "--teacher needs KIND disputed or agreed"),
-        ("agreed", ["--teacher", "teacher.pth"], 1, "more images are disputed than agreed with"),
-        ("disputed", ["--teacher", "x.pth"], 1, "there is no weight file x.pth"),
+        ("jpeg", ["--teacher_weights", "x.pth"], 2, "--teacher_weights needs KIND disputed"),
+        ("agreed", ["--teacher_weights", "teacher.pth"], 1, "images are disputed than agreed with"),
+        ("disputed", ["--teacher_weights", "x.pth"], 1, "there is no weight file x.pth"),
         ("disputed", ["--synthetic_data_dir", "no"], 1, "there are no synthetic images in no"),
     ],
 )
