@@ -17,6 +17,7 @@ from torchvision.datasets import CIFAR100
 import data
 import fine_tune_teacher_cifar10 as teacher_script
 import main_train_cifar10 as student_script
+from experiment.errors import one_line_errors
 from experiment.run import Run
 from experiment.signals import STOP_SIGNALS
 from models import read_weights
@@ -58,6 +59,40 @@ def assert_equal_weights(one: str | Path, two: str | Path) -> None:
     assert one.keys() == two.keys()
     for key in one:
         assert torch.equal(one[key], two[key]), key
+
+
+def fails(script, argv, capsys) -> tuple[int, str]:
+    """Run a script as its last lines do; returns the exit code and the one line on stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        script.main(script.parse_args([str(word) for word in argv]))
+    if isinstance(stop.value.code, str):  # sys.exit(text) prints it and exits with 1
+        code, text = 1, stop.value.code
+    else:
+        code, text = stop.value.code, capsys.readouterr().err.removesuffix("\n")
+    assert text.startswith("error: ")
+    assert "\n" not in text
+    return code, text
+
+
+def snapshot(folder: Path) -> dict[str, tuple]:
+    """All that is in a folder, with the inode, size and time of the last change of each."""
+    stats = {str(path): path.lstat() for path in folder.rglob("*")}
+    changes = {path: stat.st_mtime_ns for path, stat in stats.items() if not os.path.isdir(path)}
+    return {path: (stats[path].st_ino, stats[path].st_size, changes.get(path)) for path in stats}
+
+
+def stop_after(monkeypatch, script, epochs: int) -> None:
+    """Make the script die at the start of the epoch after `epochs`, as if it were killed."""
+    train, done = script.train_one_epoch, []
+
+    def dying(*args, **kwargs):
+        if len(done) == epochs:
+            raise KeyboardInterrupt
+        done.append(1)
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(script, "train_one_epoch", dying)
 
 
 # Instead of Python: notes its arguments, and makes the folder that variants.py would.

@@ -80,6 +80,7 @@ def _start_server() -> None:
 def _start(argv: list[str], cwd: str, ranks: int, out: Path, err: Path) -> None:
     os.setsid()
     os.chdir(cwd)
+    multiprocessing.set_start_method(None, force=True)  # the platform's, not this server's
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -6,38 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL_NETWORK
+from conftest import SMALL_NETWORK, fails, snapshot
 from torchvision.datasets import CIFAR10
 from torchvision.models import resnet34
 
 import data
 import fine_tune_teacher_cifar10 as teacher_script
 import main_train_cifar10 as student_script
-from experiment.errors import UserError, one_line_errors
+from experiment.errors import UserError
 from experiment.folder import FORMAT
 from models import build_model, to_checkpoint
-
-
-def fails(script, argv, capsys) -> tuple[int, str]:
-    """Run a script as its last lines do; returns the exit code and the one line on stderr."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop, one_line_errors():
-        script.main(script.parse_args([str(word) for word in argv]))
-    if isinstance(stop.value.code, str):  # sys.exit(text) prints it and exits with 1
-        code, text = 1, stop.value.code
-    else:
-        code, text = stop.value.code, capsys.readouterr().err.removesuffix("\n")
-    assert text.startswith("error: ")
-    assert "\n" not in text
-    return code, text
-
-
-def snapshot(folder: Path) -> dict[str, tuple]:
-    """All that is in a folder, with the inode, size and time of the last change of each."""
-    stats = {str(path): path.lstat() for path in folder.rglob("*")}
-    changes = {path: stat.st_mtime_ns for path, stat in stats.items() if not os.path.isdir(path)}
-    return {path: (stats[path].st_ino, stats[path].st_size, changes.get(path)) for path in stats}
-
 
 BAD_FLAGS = [
     (["--epochs", "0"], "--epochs: '0' is no whole number from 1"),

@@ -55,6 +55,16 @@ def test_kd_loss_is_zero_only_where_student_and_teacher_agree():
     assert kd_loss(logits, logits.flip(1), 10.0).item() > 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kd_loss_is_computed_in_float32(dtype):
+    """At T = 10 the log-probabilities are near -2.3, where bfloat16 has steps of 2**-7."""
+    student, teacher = torch.randn(2, 16, 10, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = kd_loss(student.float(), teacher.float(), 10.0)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = kd_loss(student, teacher, 10.0)
+    assert torch.equal(loss, expected)
+
+
 def test_t_squared_keeps_the_size_of_the_gradient():
     """As T grows the gradient tends to (z - v) / classes, for centred logits (section 2.1)."""
     generator = torch.Generator().manual_seed(0)
@@ -90,7 +100,7 @@ def test_a_run_leaves_its_teacher_as_it_was_loaded(source, demo_teacher, workdir
 
     monkeypatch.setattr(student_script, "load_teacher", load_teacher)
     weights = demo_teacher if source == "file" else source
-    run_student("--teacher_weights", weights, "--amp", "off", "--run_dir", "run")
+    run_student("--teacher_weights", weights, "--amp", "off", "--run_dir", "run", "--epochs", 1)
     teacher, state = kept["teacher"], kept["state"]
     assert any(key.endswith("running_mean") for key in state)  # the buffers are compared too
     for key, value in teacher.state_dict().items():
@@ -126,15 +136,16 @@ def test_nothing_that_a_device_computes_is_float64(optimizer, augmentation):
     model = nn.Sequential(nn.Conv2d(3, 10, 3), nn.BatchNorm2d(10), nn.AdaptiveAvgPool2d(1))
     model = model.append(nn.Flatten()).append(nn.Linear(10, 10))
     args = recipe(optimizer=optimizer, scheduler="linear", warmup=0.1)
-    rule = build_optimizer(model, args)
-    scheduler, ema = build_scheduler(rule, args, 2), EMA(model, 0.9)
-    loader = DeviceLoader(made_set(32), 16, "cpu", train=True, **augmentation)
+    images = made_set(32)
 
     def loss_fn(images, labels):
         loss, matches = label_loss(model(images), labels)
         return loss + kd_loss(model(images), ema.model(images), 4.0), matches
 
     with Found(torch.float64) as found:
+        rule = build_optimizer(model, args)
+        scheduler, ema = build_scheduler(rule, args, 2), EMA(model, 0.9)
+        loader = DeviceLoader(images, 16, "cpu", train=True, **augmentation)
         train_one_epoch(model, loader, TrainStep(loss_fn, rule, None, ema.update), scheduler)
         predict(ema.model, DeviceLoader(made_set(9), 5, "cpu", train=False))
     assert found.count > 100  # it has seen the training

@@ -102,14 +102,3 @@ def test_a_bit_that_a_disk_has_flipped_is_noticed(workdir):
     assert torch.load(path, weights_only=True)["model"]["weight"].sum() != 0
     with pytest.raises(UserError, match=r"last\.pt is damaged"):
         load(path)
-
-
-def test_a_file_of_tensors_is_loaded_on_the_cpu_and_runs_no_code(workdir):
-    torch.save({"model": torch.nn.Linear(1, 1)}, "code.pth")  # a class is code
-    with pytest.raises(UserError, match=r"code\.pth is not a weight file, or not a safe one"):
-        load("code.pth")
-    torch.save([1], "list.pth")
-    with pytest.raises(UserError, match="holds no network"):
-        load("list.pth")
-    with pytest.raises(UserError, match=r"there is no weight file none\.pth"):
-        load("none.pth")

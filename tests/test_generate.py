@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, SMALL_NETWORK, as_rank, metrics
+from conftest import REPOSITORY, SMALL_NETWORK, as_rank, fails, metrics, snapshot
 from PIL import Image
 from processes import Process
-from test_bad_input import fails, snapshot
 
 import main_train_cifar10 as student_script
 from data import CLASSES, load_cifake
@@ -167,13 +166,15 @@ def test_a_set_is_what_the_loader_reads(pipeline, workdir, models):
 @pytest.mark.slow
 @pytest.mark.parametrize("pipeline", ["local_two", "dit", "stable-diffusion"])
 def test_an_image_depends_on_its_class_and_number_alone(pipeline, workdir, models, monkeypatch):
-    run(models, pipeline, "whole")
+    Path("pets.csv").write_text("cat, a cat, 281\ndog, a dog; a puppy, 207\n")
+    classes = () if pipeline == "local_two" else ("--classes", "pets.csv")
+    run(models, pipeline, "whole", *classes)
     for rank in (1, 0):
         with monkeypatch.context() as patch:
             as_rank(patch, rank, 2)
-            run(models, pipeline, "ranks", "--batch_size", 7)
+            run(models, pipeline, "ranks", *classes, "--batch_size", 7)
         assert Path("ranks/manifest.csv").exists() == (rank == 0)  # the last one writes it
-    run(models, pipeline, "more", "--per_class", 4)
+    run(models, pipeline, "more", *classes, "--per_class", 4)
     assert images("ranks") == images("whole")
     assert images("whole").items() <= images("more").items()
     assert Path("ranks/manifest.csv").read_text() == Path("whole/manifest.csv").read_text()
@@ -348,7 +349,7 @@ MODELS = [
 @pytest.mark.parametrize(("pipeline", "model", "expected"), MODELS)
 def test_bad_models(pipeline, model, expected, workdir, models, capsys):
     Path("note.txt").write_text("not a model")
-    save(Path("teacher.pth"), to_checkpoint(build_model(), CLASSES))
+    save(Path("teacher.pth"), to_checkpoint(build_model("wrn_16_1"), CLASSES))
     partial = torch.load(models / "local")
     partial["model"].popitem()
     save(Path("partial.pth"), partial)

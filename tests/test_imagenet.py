@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TIMES
-from conftest import metrics as all_metrics
+from conftest import REPOSITORY, assert_equal_weights, metrics, stop_after, without_times
 from PIL import Image
 from processes import Process
 
 from experiment.download import sha256
 from experiment.errors import UserError
+from experiment.folder import FORMAT
 from imagenet import main_train_imagenet as script
 from models import build_model, checksum, load_model, to_checkpoint
 
@@ -58,11 +58,6 @@ def student(*flags) -> None:
     script.main(script.parse_args([*map(str, flags)]))
 
 
-def metrics(folder: str | Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv without what a clock measured."""
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in all_metrics(folder)]
-
-
 def test_the_published_recipe_is_the_default():
     args = script.parse_args([])
     expected = dict(epochs=100, batch_size=256, optimizer="sgd", lr=0.1, momentum=0.9)
@@ -77,10 +72,21 @@ def test_a_student_learns_from_folders(workdir, tiny, capsys, monkeypatch):
     loaded = []
     load = script.load_teacher
     monkeypatch.setattr(script, "load_teacher", lambda args: loaded.append(load(args)) or loaded[0])
-    student(*tiny, "--limit", 160, "--workers", 2)
+    kd_loss, steps = script.kd_loss, []
+
+    def recording(ours, theirs, temperature):
+        steps.append((temperature, (ours.argmax(1) == theirs.argmax(1)).float().mean().item()))
+        return kd_loss(ours, theirs, temperature)
+
+    monkeypatch.setattr(script, "kd_loss", recording)
+    student(*tiny, "--limit", 160, "--workers", 2, "--temperature", 4)
     folder = Path("runs/imagenet-001")
     rows = metrics(folder)
     assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
+    temperatures, agreements = zip(*steps, strict=True)  # of two epochs of eight steps
+    assert set(temperatures) == {4}
+    expected = [100 * sum(part) / 8 for part in (agreements[:8], agreements[8:])]
+    assert [float(row["train_agreement"]) for row in rows] == pytest.approx(expected, rel=1e-5)
     config = json.loads((folder / "config.json").read_text())
     assert (config["train_images"], config["test_images"]) == (160, 12)
     teacher, teacher_sha256, files = loaded[0]
@@ -100,22 +106,14 @@ def test_a_student_learns_from_folders(workdir, tiny, capsys, monkeypatch):
 def test_it_resumes_bit_for_bit(workdir, tiny, monkeypatch):
     monkeypatch.setattr(script, "plot_run", lambda folder: None)
     student(*tiny, "--run_dir", "unbroken", "--output", "unbroken.pth")
-    epochs = iter([script.train_one_epoch])  # and then none
-
-    def interrupted(*args):
-        for train in epochs:
-            return train(*args)
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(script, "train_one_epoch", interrupted)
+        stop_after(patch, script, 1)
         with pytest.raises(KeyboardInterrupt):
             student(*tiny, "--run_dir", "stopped", "--output", "stopped.pth")
     assert len(metrics("stopped")) == 1
     student("--resume", "stopped", "--workers", 1)
-    assert metrics("stopped") == metrics("unbroken")
-    ours, others = (torch.load(f"{n}.pth")["model"] for n in ("stopped", "unbroken"))
-    assert all(torch.equal(ours[key], others[key]) for key in others)
+    assert without_times(metrics("stopped")) == without_times(metrics("unbroken"))
+    assert_equal_weights("stopped.pth", "unbroken.pth")
 
 
 @pytest.mark.slow
@@ -174,13 +172,12 @@ def test_a_mistake_is_reported_before_anything_is_written(flags, message, workdi
     assert not any(workdir.iterdir())
 
 
-def test_only_a_run_of_this_script_is_resumed(workdir, tiny):
-    student(*tiny, "--epochs", 1, "--limit", 20)
-    assert script.parse_args(["--resume", "runs/imagenet-001"]).epochs == 1
-    config = Path("runs/imagenet-001/config.json")
-    config.write_text(config.read_text().replace('"name": "imagenet"', '"name": "student"'))
-    with pytest.raises(UserError, match=r"runs/imagenet-001 .*\bstudent\b.* not .*\bimagenet\b"):
-        script.parse_args(["--resume", "runs/imagenet-001"])
+def test_only_a_run_of_this_script_is_resumed(tmp_path):
+    """test_it_resumes_bit_for_bit resumes a run of its own."""
+    config = {"name": "student", "format": FORMAT, "args": vars(script.parse_args([]))}
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    with pytest.raises(UserError, match=r" is the run of .*\bstudent\b.* not .*\bimagenet\b"):
+        script.parse_args(["--resume", str(tmp_path)])
 
 
 def test_every_command_of_its_readme_parses(monkeypatch):

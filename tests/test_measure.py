@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_bad_input import fails, snapshot
+from conftest import fails, snapshot
 
 from data import CLASSES, load_cifake, load_cifar10, normalize
 from experiment.files import save
@@ -19,7 +19,7 @@ from synthetic_data import measure
 @pytest.fixture
 def argv(workdir, cifake, cifar10_binary) -> list[str]:
     torch.manual_seed(0)
-    save(Path("teacher.pth"), to_checkpoint(build_model(stem="imagenet"), CLASSES))
+    save(Path("teacher.pth"), to_checkpoint(build_model("wrn_16_1"), CLASSES))
     flags = f"{cifake} --output out --teacher_weights teacher.pth --data_dir {cifar10_binary}"
     return [*flags.split(), "--device", "cpu"]
 

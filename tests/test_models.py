@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import ResNet18_Weights, resnet18, resnet34
@@ -89,6 +90,29 @@ def test_a_network_for_small_images_has_no_imagenet_stem(arch):
         build_model(arch, "imagenet")
 
 
+def test_a_wide_resnet_computes_what_its_paper_says():
+    """Pre-activation blocks, written out, with statistics that show in the logits."""
+    model = build_model("wrn_16_2")
+    for _ in range(3):
+        model(torch.randn(16, 3, 32, 32))
+    w, images = model.eval().state_dict(), torch.randn(2, 3, 32, 32)
+
+    def bn_relu(x, name):
+        keys = (f"{name}.{key}" for key in ("running_mean", "running_var", "weight", "bias"))
+        return F.relu(F.batch_norm(x, *(w[key] for key in keys)))
+
+    x = F.conv2d(images, w["conv1.weight"], padding=1)
+    for group, stride in (("layer1", 1), ("layer2", 2), ("layer3", 2)):
+        for i in (0, 1):  # two blocks: 16 = 6 * 2 + 4
+            block, step = f"{group}.{i}", stride if i == 0 else 1
+            first = bn_relu(x, f"{block}.bn1")
+            out = F.conv2d(first, w[f"{block}.conv1.weight"], stride=step, padding=1)
+            out = F.conv2d(bn_relu(out, f"{block}.bn2"), w[f"{block}.conv2.weight"], padding=1)
+            x = out + (F.conv2d(first, w[f"{block}.shortcut.weight"], stride=step) if i == 0 else x)
+    expected = bn_relu(x, "bn").mean((2, 3)) @ w["fc.weight"].T + w["fc.bias"]
+    torch.testing.assert_close(model(images).detach(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_an_ensemble_says_the_mean_of_its_members():
     members = [build_model("wrn_16_1").eval(), build_model("shufflenet_v2_x1_0").eval()]
     images = torch.randn(3, 3, 32, 32)
@@ -125,6 +149,9 @@ def test_a_checkpoint_brings_its_network_back(stem, tmp_path):
     assert again.spec == {"arch": "resnet18", "stem": stem, "num_classes": 7}
     assert not again.training
     assert_same_weights(model, again)
+    filters = again.layer1[0].conv1.weight  # the other layout is slower, and nothing would say so
+    assert filters.is_contiguous(memory_format=torch.channels_last)
+    assert not filters.is_contiguous()
 
 
 def foreign_resnet18(stem: str, num_classes: int = 10) -> nn.Module:
@@ -384,7 +411,11 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_vgg_for_cifar_takes_torchvisions_convolutions(tmp_path):
-    model = build_model("vgg11_bn")
+    with torch.device("meta"):  # torchvision's head has 100 million weights to draw
+        model = build_model("vgg11_bn")
+    model.to_empty(device="cpu")
+    for value in model.state_dict().values():
+        value.zero_()
     weights = {k: v + 1 for k, v in model.state_dict().items() if k.startswith("features.")}
     head = {f"classifier.{i}.weight": torch.zeros(3, 3) for i in (0, 3, 6)}
     torch.save(weights | head, tmp_path / "body.pth")

@@ -190,11 +190,12 @@ def test_schedules_are_pytorchs_own(name, steps):
     ours = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.05)
     theirs = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.05)
     reference = {
-        "multistep": lambda: MultiStepLR(theirs, [-(-steps // 2), -(-steps * 4 // 5)], 0.1),
+        "multistep": lambda: MultiStepLR(theirs, [-(-steps * 3 // 10), -(-steps * 4 // 5)], 0.2),
         "cosine": lambda: CosineAnnealingLR(theirs, steps),
         "onecycle": lambda: OneCycleLR(theirs, 0.05, total_steps=steps, cycle_momentum=False),
     }[name]()
-    mine = rates(build_scheduler(ours, recipe(scheduler=name), steps), steps)
+    args = recipe(scheduler=name, milestones=[0.3, 0.8], gamma=0.2)  # not the defaults
+    mine = rates(build_scheduler(ours, args, steps), steps)
     expected = []
     for step in range(steps):  # OneCycleLR refuses a step after the last
         expected.append(reference.get_last_lr()[0])

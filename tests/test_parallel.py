@@ -20,9 +20,8 @@ from processes import Process
 from two_ranks import make_divisible
 
 import main_train_cifar10 as student_script
-from data import DeviceLoader, ImageSet
-from experiment import errors, parallel
-from experiment.errors import UserError, one_line_errors
+from experiment import parallel
+from experiment.errors import UserError
 from experiment.files import load
 from experiment.folder import read_config
 
@@ -75,8 +74,8 @@ def assert_same_run(one: str, two: str) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one_does(workdir, monkeypatch):
-    for name, run in RUNS.items():
-        run_here(*named(run, f"{name} 1"))
+    for name in ("sgd", "muon, mixup", "teacher"):
+        run_here(*named(RUNS[name], f"{name} 1"))
     statistics = ("~main_train_cifar10", *RANDOM_TEACHER, "--limit", "16")
     run_here(*named(statistics, "statistics 1", epochs=1))
     evaluations = iter([student_script.evaluate])  # the second epoch finds none
@@ -97,7 +96,7 @@ def test_two_ranks_train_as_one_does(workdir, monkeypatch):
     assert not Path("runs").exists()  # where the wrong one would be
     assert stdout.count("epoch 2/2") == len(RUNS)  # rank 0 alone prints
     for name in RUNS:
-        assert_same_run(f"{name} 1", f"{name} 2")
+        assert_same_run("sgd 1" if name == "resumed" else f"{name} 1", f"{name} 2")
     parts = read_config(Path("resumed 2"))["parts"]
     assert [part["hardware"].startswith("2 x ") for part in parts] == [False, True]
 
@@ -162,19 +161,14 @@ def is_rank_one(pid: str) -> bool:
 # ------------------------------------------------------------------------------ one rank at a time
 
 
-def test_rank_0_alone_looks_for_the_folder_and_has_the_first_word(monkeypatch, workdir):
-    """What stops rank 0 ends the job; others speak up later, if it had nothing to say."""
+def test_rank_0_alone_looks_for_the_folder(monkeypatch, workdir):
+    """What stops rank 0 ends the job."""
     Path("mine.txt").touch()
     as_rank(monkeypatch, 0, 2)
     with pytest.raises(UserError, match=r"\. is not empty"):
         student_script.parse_args(["--run_dir", "."])
     as_rank(monkeypatch, 1, 2)
     student_script.parse_args(["--run_dir", "."])
-    waited = []
-    monkeypatch.setattr(errors.time, "sleep", waited.append)
-    with pytest.raises(SystemExit, match="error: rank 1: no disk"), one_line_errors():
-        raise OSError("no disk")
-    assert waited == [5]
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 100])
@@ -185,37 +179,6 @@ def test_every_row_has_one_rank(n, ranks, monkeypatch):
         as_rank(monkeypatch, rank, ranks)
         rows += range(n)[parallel.rank_slice(n)]
     assert rows == list(range(n))
-
-
-@pytest.mark.parametrize(
-    ("train", "how"),
-    [
-        (True, {}),
-        (True, {"augment": "reflect", "seed": 3}),
-        (True, {"augment": "rrc_jitter"}),
-        (True, {"mixup": 0.5}),
-        (False, {}),
-    ],
-)
-def test_the_parts_of_the_ranks_are_the_batches_of_one(train, how, monkeypatch):
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (26, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    data = ImageSet(images, torch.arange(26) % 10, tuple("abcdefghij"))
-
-    def batches(rank: int, ranks: int) -> list:
-        as_rank(monkeypatch, rank, ranks)
-        torch.manual_seed(1)
-        return list(DeviceLoader(data, 12, "cpu", train, **how))
-
-    whole, parts = batches(0, 1), [batches(rank, 3) for rank in range(3)]
-    for what in (0, 1):
-        if train:
-            joined = [torch.cat([part[i][what] for part in parts]) for i in range(len(whole))]
-        else:  # the ranks have a third of the images each, in order
-            joined = [torch.cat([batch[what] for part in parts for batch in part])]
-            whole = [tuple(torch.cat(column) for column in zip(*whole, strict=True))]
-        for together, batch in zip(joined, whole, strict=True):
-            assert torch.equal(together, batch[what])
 
 
 def test_a_rank_that_does_not_lead_touches_nothing(workdir, monkeypatch, capsys):
@@ -229,10 +192,3 @@ def test_a_rank_that_does_not_lead_touches_nothing(workdir, monkeypatch, capsys)
             run.log(row(50.0, math.nan))
         run.finish()
     assert not any(workdir.iterdir())
-
-
-def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch):
-    as_rank(monkeypatch, 1, 3)
-    data = ImageSet(torch.zeros(20, 3, 32, 32), torch.zeros(20), ("a",))
-    with pytest.raises(UserError, match="16 cannot be shared by 3"):
-        DeviceLoader(data, 16, "cpu", train=True)

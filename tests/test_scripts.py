@@ -1,11 +1,13 @@
 """Both scripts from end to end, on the demo set and on made data."""
 
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import kill_test
 import numpy as np
@@ -19,6 +21,7 @@ from conftest import (
     metrics,
     run_student,
     run_teacher,
+    stop_after,
     without_times,
 )
 from PIL import Image
@@ -28,10 +31,12 @@ from torch import Tensor
 import fine_tune_teacher_cifar10 as teacher_script
 import main_train_cifar10 as student_script
 from data import DeviceLoader, ImageSet, load_cifake, load_cifar10, load_noise, with_shifted_copies
-from engine import TrainStep, compare, predict, score
+from engine import TrainStep, compare, kd_loss, label_loss, predict, score
+from experiment.device import seed_everything
+from experiment.download import sha256
 from experiment.errors import UserError
 from experiment.folder import read_config
-from models import load_model, read_weights
+from models import build_model, load_model, read_weights
 from plots import MARK
 from synthetic_data.demo_images import load_demo
 
@@ -42,19 +47,6 @@ STUDENT = Path("runs/demo/student_cifar10_kd.pth")
 def logits_of(path: Path | str, images: ImageSet) -> Tensor:
     """What the network of a weight file says of an ImageSet, in float32 on the CPU."""
     return predict(load_model(path), DeviceLoader(images, 500, "cpu", train=False))
-
-
-def stop_after(monkeypatch, script, epochs: int) -> None:
-    """Make the script die at the start of the epoch after `epochs`, as if it were killed."""
-    train, done = script.train_one_epoch, []
-
-    def dying(*args, **kwargs):
-        if len(done) == epochs:
-            raise KeyboardInterrupt
-        done.append(1)
-        return train(*args, **kwargs)
-
-    monkeypatch.setattr(script, "train_one_epoch", dying)
 
 
 def resume(script, folder: str | Path, *argv: str | Path) -> None:
@@ -77,15 +69,16 @@ def test_a_resnet18_and_its_student(workdir, capsys):
     test_set = load_demo("test").first(48)
     taught = logits_of(TEACHER, test_set)
     accuracy = score(taught, test_set.labels)["accuracy"]
-    for name, exported, column in (
-        ("teacher", TEACHER, "train_accuracy"),
-        ("student", STUDENT, "train_agreement"),
+    for name, exported, column, began_with in (
+        ("teacher", TEACHER, "train_accuracy", (4e-5, 4.626371e-4)),  # steps 0 and 3 of 6: onecycle
+        ("student", STUDENT, "train_agreement", (0.05, 0.005)),  # dropped after half of the steps
     ):
         run, logits = Path(f"runs/demo/{name}-001"), logits_of(exported, test_set)
         rows = metrics(run)
         columns = ["epoch", "lr", "train_loss", column, "test_loss", "test_accuracy"]
         assert list(rows[0]) == [*columns, "images_per_second", "seconds"]
         assert [row["epoch"] for row in rows] == ["1", "2"]
+        assert [float(row["lr"]) for row in rows] == pytest.approx(began_with, rel=1e-6)
         for row in rows:  # the seconds have the test in them, too
             assert 0 < 48 / float(row["images_per_second"]) < float(row["seconds"])
         scores = score(logits, test_set.labels)
@@ -139,9 +132,53 @@ def assert_what_is_left(run: Path, test_set: ImageSet, logits: Tensor, taught: T
         assert np.array_equal(mistakes["images"], images)
 
 
+@pytest.mark.parametrize("name", ["teacher", "student"])
+def test_the_first_step_is_the_one_that_the_flags_describe(name, workdir, demo_teacher):
+    """Written out: images, views, loss and update of a run that has one step."""
+    shutil.copy(demo_teacher, "expert.pth")
+    flags = "--epochs 1 --limit 16 --seed 6 --amp off --augment reflect --mixup 1 --run_dir run"
+    flags += " --output out.pth --optimizer sgd --lr 0.3 --momentum 0.5 --weight_decay 0.1"
+    if name == "teacher":
+        run_teacher(*flags.split(), "--init", "expert.pth")
+        network, images = load_model("expert.pth"), load_demo("train")
+        column = "train_accuracy"
+    else:
+        run_student(*flags.split(), "--temperature", 4, "--teacher_weights", "expert.pth")
+        seed_everything(6)
+        network, images = build_model("wrn_16_1"), load_demo("synthetic")
+        column = "train_agreement"
+
+    how = dict(augment="reflect", mixup=1.0, seed=6)
+    loader = DeviceLoader(images.first(16), 16, "cpu", train=True, **how)
+    loader.epoch = 1
+    seed_everything(6, 1)
+    ((views, labels),) = loader
+    logits = network.train()(views)
+    if name == "teacher":
+        loss, matches = label_loss(logits, labels)
+    else:
+        taught = load_model("expert.pth")(views)
+        loss, matches = kd_loss(logits, taught, 4.0), logits.argmax(1) == taught.argmax(1)
+    loss.backward()
+    (row,) = metrics("run")
+    assert float(row["train_loss"]) == pytest.approx(loss.item(), rel=1e-5)
+    assert float(row[column]) == 100 * matches.float().mean()
+    trained = read_weights("out.pth")[0]
+    for key, p in network.named_parameters():
+        torch.testing.assert_close(trained[key], p.detach() - 0.3 * (p.grad + 0.1 * p.detach()))
+
+    if name == "teacher":
+        assert read_config(Path("run"))["init_sha256"] == sha256("expert.pth")
+        Path("expert.pth").unlink()  # a resumed run does not need it
+        resume(teacher_script, "run")
+
+
 @pytest.mark.slow
 def test_what_a_student_trains_on(workdir, cifake, cifar10_binary, monkeypatch):
-    """No demo: CIFAR-10 and CIFAKE from disk, and the published file names."""
+    """No demo: CIFAR-10 from disk, CIFAKE from a download, and the published file names."""
+    shutil.copytree(cifake, workdir / "cache" / "train" / "FAKE")
+    fake = SimpleNamespace(dataset_download=lambda handle: str(workdir / "cache"))
+    monkeypatch.setitem(sys.modules, "kagglehub", fake)
     loaders = []
 
     def recording_loader(data, batch_size, device, train, **more):
@@ -152,14 +189,16 @@ def test_what_a_student_trains_on(workdir, cifake, cifar10_binary, monkeypatch):
     common = [*"--epochs 1 --batch_size 20 --device cpu".split(), *SMALL_NETWORK]
     common += ["--data_dir", str(cifar10_binary)]
     teacher_script.main(teacher_script.parse_args([*common, "--init", "random"]))
-    common += ["--synthetic_data_dir", str(cifake)]
+    config = read_config(Path("runs/teacher-001"))
+    assert (config["train_images"], config["test_images"]) == (100, 20)
+    common += ["--synthetic_data_dir", "downloaded"]
     real = load_cifar10(cifar10_binary, train=True)
     test = load_cifar10(cifar10_binary, train=False)
     expected = {"synthetic": load_cifake(cifake), "real": real, "noise": load_noise(40)}
     for source, train_set in expected.items():
         loaders.clear()
         argv = [*common, "--limit", "40", "--output", f"{source}.pth"]
-        argv += ["--train_on", source] if source != "synthetic" else []
+        argv += ["--train_on", source] if source != "synthetic" else ["--download_synthetic"]
         student_script.main(student_script.parse_args(argv))
         (seen,) = [data for train, data in loaders if train]
         assert torch.equal(seen.images, train_set.images[:40]), source
@@ -170,23 +209,27 @@ def test_what_a_student_trains_on(workdir, cifake, cifar10_binary, monkeypatch):
     config = read_config(Path("runs/student-001"))
     assert (config["train_images"], config["test_images"]) == (40, 20)
     assert len(config["teacher_sha256"]) == 64
+    next(Path("downloaded").iterdir()).unlink()
+    with pytest.raises(UserError, match="train_images was 40, is 39"):
+        resume(student_script, "runs/student-001")
 
 
 @pytest.mark.slow
-def test_cifar100_from_class_folders(workdir, cifar100, capsys):
+def test_cifar100_from_class_folders(workdir, cifar100, monkeypatch, capsys):
     folder = workdir / "synthetic"
     for i in range(100):
         (folder / f"kind_{i:02d}").mkdir(parents=True)
         pixels = np.random.default_rng(i).integers(0, 256, (40, 48, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"kind_{i:02d}" / "0.png")
+    monkeypatch.setattr(student_script.data, "load_noise", lambda: load_noise(50))
     flags = f"--dataset cifar100 --data_dir {cifar100} --epochs 1 --batch_size 50 --device cpu"
-    flags = [*flags.split(), *SMALL_NETWORK]
+    flags = [*flags.split(), "--limit", "50", *SMALL_NETWORK]
     teacher = [*flags, "--init", "random", "--output", "teacher.pth"]
     teacher_script.main(teacher_script.parse_args(teacher))
     student = [*flags, "--teacher_weights", "teacher.pth", "--output", "student.pth"]
     for source in ("synthetic", "real", "noise"):
         more = ["--train_on", source] if source != "synthetic" else []
-        more += ["--synthetic_data_dir", str(folder), "--limit", "100"]
+        more += ["--synthetic_data_dir", str(folder)]
         student_script.main(student_script.parse_args([*student, *more]))
     with pytest.raises(SystemExit):
         student_script.parse_args([*student, "--download_synthetic"])
@@ -225,10 +268,12 @@ def test_an_untrained_teacher_is_a_control(workdir):
 
 @pytest.mark.slow
 def test_several_teachers_are_one(workdir, demo_teacher, monkeypatch):
-    run_teacher("--seed", 1, "--output", "other.pth")
+    run_teacher("--seed", 1, "--output", "other.pth", "--epochs", 1)
     one, two, both = ([demo_teacher], ["other.pth"], [demo_teacher, "other.pth"])
     for name, members in (("one", one), ("two", two), ("both", both)):
-        run_student("--teacher_weights", *members, "--run_dir", name, "--output", f"{name}.pth")
+        short = [] if name == "both" else ["--epochs", 1, "--limit", 16]
+        given = [*members, *short, "--run_dir", name, "--output", f"{name}.pth"]
+        run_student("--teacher_weights", *given)
     configs = {name: read_config(Path(name)) for name in ("one", "two", "both")}
     assert len({config["teacher_sha256"] for config in configs.values()}) == 3
     assert list(configs["both"]["teacher_files"]) == [str(path) for path in both]
@@ -334,11 +379,11 @@ def test_labels_take_the_place_of_the_teacher_only_when_it_is_said(workdir, demo
 
 
 def test_held_out_images_are_compared_in_the_end(workdir, demo_teacher):
-    run_student("--teacher_weights", demo_teacher, "--holdout", 15)
+    run_student("--teacher_weights", demo_teacher, "--holdout", 15, "--temperature", 4)
     train_set, held_out = load_demo("synthetic").first(48).hold_out(15)
     assert read_config(Path("runs/demo/student-001"))["train_images"] == len(train_set) == 33
     images = with_shifted_copies(held_out)
-    expected = compare(logits_of(STUDENT, images), logits_of(demo_teacher, images), 10.0)
+    expected = compare(logits_of(STUDENT, images), logits_of(demo_teacher, images), 4.0)
     last = metrics("runs/demo/student-001")[-1]
     assert float(last["val_agreement"]) == pytest.approx(expected["agreement"], rel=1e-6)
     assert float(last["val_kd_loss"]) == pytest.approx(expected["loss"], rel=1e-5)
@@ -400,15 +445,29 @@ def test_processes_need_not_import_the_scripts(workdir):
     assert Process("-c", code, cwd=workdir).wait() == 0
 
 
+# Runs a script as `python -I` does, but for PyTorch, which is there: the project is imported anew,
+# and is not looked for where the script lies.
+ALONE = """
+import runpy, sys
+from pathlib import Path
+root = Path(sys.argv[1]).parent
+
+def ours(path):
+    return root in (path, *path.parents) and "site-packages" not in path.parts  # of a .venv there
+
+for name, module in list(sys.modules.items()):
+    if ours(Path(getattr(module, "__file__", None) or "/")):
+        del sys.modules[name]
+sys.path[:] = [path for path in sys.path if not ours(Path(path))]
+assert not sys.modules.keys() & {"plots", "data", "experiment"}
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_everything_is_a_process_too(workdir):
     """The commands as a person runs them: what is printed, where, and the exit code."""
-
-    def python(*argv):
-        # -I, as -P and PYTHONSAFEPATH: modules are not looked for where a script lies
-        command = [sys.executable, "-I", *map(str, argv)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=workdir)
-
     teacher = Process(REPOSITORY / "fine_tune_teacher_cifar10.py", *TINY, *SMALL_NETWORK)
     said, errors = teacher.communicate()
     assert (teacher.returncode, errors) == (0, "")
@@ -418,15 +477,19 @@ def test_everything_is_a_process_too(workdir):
     assert lines[2].endswith("fine_tune_teacher_cifar10.py --resume runs/demo/teacher-001")
     assert [line.split()[:2] for line in lines[3:5]] == [["epoch", "1/2"], ["epoch", "2/2"]]
     assert [line.split()[0] for line in lines[5:]] == ["final", "best", "time", "saved", "plots"]
-    student = python(REPOSITORY / "main_train_cifar10.py", *TINY, *SMALL_NETWORK)
+    # -I, as -P and PYTHONSAFEPATH: modules are not looked for where a script lies
+    student = [sys.executable, "-I", str(REPOSITORY / "main_train_cifar10.py")]
+    student = subprocess.run([*student, *TINY, *SMALL_NETWORK], capture_output=True, text=True)
     assert (student.returncode, student.stderr) == (0, "")
-    overlay = python(REPOSITORY / "plots.py", "runs/demo/teacher-001", "runs/demo/student-001")
-    assert (overlay.returncode, overlay.stderr) == (0, "")
-    assert overlay.stdout.split() == [
+    runs = "runs/demo/teacher-001", "runs/demo/student-001"
+    overlay = Process("-c", ALONE, REPOSITORY / "plots.py", *runs)
+    said, errors = overlay.communicate()
+    assert (overlay.returncode, errors) == (0, "")
+    assert said.split() == [
         "comparison/train_val_losses.png",
         "comparison/val_accuracy.png",
     ]
-    assert all(Path(path).stat().st_size > 1000 for path in overlay.stdout.split())
+    assert all(Path(path).stat().st_size > 1000 for path in said.split())
     wrong = Process(REPOSITORY / "main_train_cifar10.py", "--epochs", "0")
     line = "argument --epochs: '0' is no whole number from 1 to 100000 (--help lists the flags)"
     assert wrong.communicate() == ("", f"error: {line}\n")
@@ -462,7 +525,7 @@ def test_killed_runs_end_as_if_nothing_had_happened(monkeypatch, capsys):
         return Process("-c", code, REPOSITORY / script, *argv, cwd=folder, log=log)
 
     monkeypatch.setattr(kill_test, "start", start)
-    monkeypatch.setattr(kill_test, "SIZE", [*kill_test.SIZE, *SMALL_NETWORK])
+    monkeypatch.setattr(kill_test, "SIZE", [*kill_test.SIZE, *SMALL_NETWORK, "--epochs", "3"])
     kill_test.main(kill_test.parse_args(["--kills", "2", "--scripts", kill_test.SCRIPTS[1]]))
     assert "2 kills: " in (said := capsys.readouterr().out)
     assert "0 different, 0 unreadable files" in said

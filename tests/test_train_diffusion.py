@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TIMES, TINY, metrics
+from conftest import TINY, assert_equal_weights, fails, metrics, without_times
 from PIL import Image
-from test_bad_input import fails
 
 from data import CLASSES, ImageSet, load_cifake
 from experiment.files import load
@@ -22,17 +21,7 @@ def quick_pictures(request, monkeypatch):
     monkeypatch.setitem(train_diffusion.SHEET, "steps", 1)
     if "draws" not in request.keywords:
         monkeypatch.setattr(train_diffusion, "plot_run", lambda folder: None)
-
-
-def without_times(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
-
-
-def assert_equal_weights(one: Path, two: Path) -> None:
-    one, two = load(one)["model"], load(two)["model"]
-    assert one.keys() == two.keys()
-    for key in one:
-        assert torch.equal(one[key], two[key]), key
+        monkeypatch.setattr(train_diffusion, "draw_samples", lambda *args: None)
 
 
 def train(*argv: str | Path) -> None:

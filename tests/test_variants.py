@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import fails, snapshot
 from PIL import Image
-from test_bad_input import fails, snapshot
 
 from data import CLASSES, load_cifake
 from experiment.files import save
