@@ -8,11 +8,8 @@ normalised there. There are no worker processes.
 
 import functools
 import hashlib
-import io
 import os
 import re
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -84,33 +81,6 @@ class ImageSet:
                 raise UserError(f"--holdout {n} is too many of {len(self)} training images")
         parts = (replace(self, images=self.images[m], labels=self.labels[m]) for m in (~held, held))
         return next(parts), next(parts)
-
-
-def with_shifted_copies(data: ImageSet) -> ImageSet:
-    """The images, then copies of all: brighter, less saturated, blurred, JPEG-compressed, sharper.
-
-    A student that matches its teacher on these, too, is more likely to match it on real images.
-    """
-    copies = [data.images]
-    if len(data):
-        copies += [torch.stack([shift(image) for image in data.images]) for shift in SHIFTS]
-    return replace(data, images=torch.cat(copies), labels=data.labels.repeat(len(copies)))
-
-
-def _jpeg(image: Tensor, quality: int) -> Tensor:
-    """uint8 (3, 32, 32), compressed and decoded again; torchvision means to drop its own codecs."""
-    file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
-    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
-
-
-SHIFTS = (
-    lambda image: F.adjust_brightness(image, 1.4),
-    lambda image: F.adjust_saturation(image, 0.4),
-    lambda image: F.gaussian_blur(image, [3, 3], [0.8, 0.8]),
-    lambda image: _jpeg(image, 40),
-    lambda image: F.adjust_sharpness(image, 2.0),  # real images have more detail than CIFAKE's
-)
 
 
 # ------------------------------------------------------------------------------------ real images
@@ -281,37 +251,11 @@ def _pixels(picture: Image.Image) -> np.ndarray:
     return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
-def download_cifake(folder: str | Path) -> None:
-    """Download CIFAKE with the optional kagglehub and copy its train/FAKE to `folder`.
-
-    A folder that is not empty is left as it is. Errors: UserError, OSError.
-    """
-    target = Path(folder).resolve()  # a link may lead to another disk
-    if target.is_dir() and any(target.iterdir()):
-        return
-    try:
-        import kagglehub
-
-        fake = (Path(kagglehub.dataset_download(CIFAKE)) / "train" / "FAKE").resolve(strict=True)
-    except Exception as error:  # kagglehub lets the errors of the HTTP libraries below it through
-        needs = "--download_synthetic needs `pip install kagglehub` and a network; or, by hand"
-        raise UserError(f"no CIFAKE ({error}): {needs}, {BY_HAND} {folder}") from error
-    for path in fake.iterdir():
-        if path.is_symlink() or not path.is_file():
-            raise UserError(f"the downloaded {path} is not a plain file")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as private:
-        copy = shutil.copytree(fake, Path(private, "FAKE"))
-        if target.is_dir():  # an empty one, which Windows does not replace
-            target.rmdir()
-        os.replace(copy, target)
-
-
-def load_noise(n: int = 50_000) -> ImageSet:
-    """Uniform noise, the same in every run: training images for a control."""
+def load_noise(classes: tuple[str, ...] = CLASSES, n: int = 50_000) -> ImageSet:
+    """Uniform noise, the same in every run: training images for a control. All labels are 0."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    return ImageSet(images, torch.zeros(n, dtype=torch.int64), CLASSES)
+    return ImageSet(images, torch.zeros(n, dtype=torch.int64), classes)
 
 
 # ---------------------------------------------------------------------------------------- batches

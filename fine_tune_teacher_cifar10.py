@@ -104,15 +104,9 @@ def main(args: Namespace) -> None:
             train = train_one_epoch(teacher, train_loader, step, scheduler, run.on_batch)
             final = epoch == args.epochs  # tested in float32 (CUDA: TF32), whatever --amp is
             test = evaluate(teacher, test_loader, None if final else amp)
-            run.log(
-                {
-                    "train_loss": train["loss"],
-                    "train_accuracy": train["matches"],
-                    "test_loss": test["loss"],
-                    "test_accuracy": test["accuracy"],
-                    "images_per_second": train["images_per_second"],
-                }
-            )
+            row = {"train_loss": train["loss"], "train_accuracy": train["matches"]}
+            row |= {"test_loss": test["loss"], "test_accuracy": test["accuracy"]}
+            run.log(row | {"images_per_second": train["images_per_second"]})
         logits = predict(teacher, test_loader)
         if parallel.is_rank_zero():
             save_predictions(run.folder, test_set, logits)

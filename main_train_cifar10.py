@@ -14,7 +14,6 @@ a smaller student to 89.60 +- 0.26 % (n = 3) in 55 minutes of two cores.
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,6 +43,8 @@ from networks.airbench import WHITENING_IMAGES, Airbench
 from optimizers import build_optimizer, build_scheduler
 from plots import plot_run, save_predictions
 from synthetic_data.demo_images import load_demo
+from synthetic_data.download import download_cifake
+from synthetic_data.shifts import with_shifted_copies
 
 # The published recipe, and what --demo changes.
 RECIPE = dict(epochs=50, batch_size=128, optimizer="sgd", lr=0.05, momentum=0.9, weight_decay=5e-4)
@@ -96,14 +97,14 @@ def main(args: Namespace) -> None:
         load_real = data.REAL_SETS[args.dataset]
         test_set = load_demo("test") if args.demo else load_real(args.data_dir, train=False)
         if args.download_synthetic:
-            data.download_cifake(args.synthetic_data_dir)
+            download_cifake(args.synthetic_data_dir)
     train_set = load_train_set(args, test_set.classes)
     test_set = test_set.first(args.limit)
     train_set, held_out = train_set.first(args.limit).hold_out(args.holdout)
     augmentation = dict(augment=args.augment, mixup=args.mixup, seed=args.seed)
     train_loader = data.DeviceLoader(train_set, args.batch_size, device, train=True, **augmentation)
     test_loader = data.DeviceLoader(test_set, data.TEST_BATCH_SIZE, device, train=False)
-    held_out = data.with_shifted_copies(held_out)
+    held_out = with_shifted_copies(held_out)
     held_out_loader = data.DeviceLoader(held_out, data.TEST_BATCH_SIZE, device, train=False)
 
     # teacher and student, optimizer, scheduler
@@ -150,17 +151,14 @@ def main(args: Namespace) -> None:
             train = train_one_epoch(student, train_loader, step, scheduler, run.on_batch)
             final = epoch == args.epochs  # tested in float32 (CUDA: TF32), whatever --amp is
             test = evaluate(student, test_loader, None if final else amp)
-            row = {
-                "train_loss": train["loss"],
-                "train_label_accuracy" if args.hard_labels else "train_agreement": train["matches"],
-                "test_loss": test["loss"],
-                "test_accuracy": test["accuracy"],
-            }
+            matches = "train_label_accuracy" if args.hard_labels else "train_agreement"
+            row = {"train_loss": train["loss"], matches: train["matches"]}
+            row |= {"test_loss": test["loss"], "test_accuracy": test["accuracy"]}
             if args.holdout:
                 logits = predict(student, held_out_loader, None if final else amp)
                 val = compare(logits, held_out_logits, args.temperature)
                 row |= {"val_kd_loss": val["loss"], "val_agreement": val["agreement"]}
-            run.log({**row, "images_per_second": train["images_per_second"]})
+            run.log(row | {"images_per_second": train["images_per_second"]})
         logits = predict(student, test_loader)
         if parallel.is_rank_zero():
             save_predictions(run.folder, test_set, logits, teacher_logits)
@@ -172,7 +170,7 @@ def load_train_set(args: Namespace, classes: tuple[str, ...]) -> data.ImageSet:
     if args.demo:
         return load_demo("synthetic")
     if args.train_on == "noise":
-        return replace(data.load_noise(), classes=classes)
+        return data.load_noise(classes)
     if args.train_on == "real":
         return data.REAL_SETS[args.dataset](args.data_dir, train=True)
     if args.dataset == "cifar100":
@@ -180,9 +178,7 @@ def load_train_set(args: Namespace, classes: tuple[str, ...]) -> data.ImageSet:
     return data.load_cifake(args.synthetic_data_dir, args.limit)
 
 
-def load_teacher(
-    args: Namespace, classes: tuple[str, ...]
-) -> tuple[nn.Module, str | None, dict[str, str]]:
+def load_teacher(args: Namespace, classes: tuple[str, ...]) -> tuple[nn.Module, str | None, dict]:
     """The teacher, the checksum of its weights, and the SHA-256 of each of its files."""
     members, files = [], {}
     for source in args.teacher_weights:

@@ -29,10 +29,11 @@ from data import (
     load_class_folders,
     load_image,
     normalize,
-    with_shifted_copies,
 )
 from experiment.errors import UserError
 from synthetic_data.demo_images import draw, load_demo
+from synthetic_data.download import download_cifake
+from synthetic_data.shifts import with_shifted_copies
 
 
 def made_set(n: int) -> ImageSet:
@@ -263,8 +264,8 @@ def test_cifake_is_laid_out_from_the_download(cifake, tmp_path, monkeypatch):
     place = tmp_path / "synthetic_data"
     (place / "images.partial").mkdir(parents=True)  # somebody else's
     (place / "images.partial" / "notes").write_text("mine")
-    data.download_cifake(place / "images")
-    data.download_cifake(place / "images")  # it is there now: not fetched again
+    download_cifake(place / "images")
+    download_cifake(place / "images")  # it is there now: not fetched again
     assert asked == ["birdy654/cifake-real-and-ai-generated-synthetic-images"]
     assert torch.equal(load_cifake(place / "images").images, load_cifake(cifake).images)
     assert (place / "images.partial" / "notes").read_text() == "mine"
@@ -272,7 +273,7 @@ def test_cifake_is_laid_out_from_the_download(cifake, tmp_path, monkeypatch):
 
     (tmp_path / "disk" / "images").mkdir(parents=True)
     (place / "link").symlink_to(tmp_path / "disk" / "images")
-    data.download_cifake(place / "link")
+    download_cifake(place / "link")
     assert len(load_cifake(tmp_path / "disk" / "images")) == 40
 
 
@@ -288,7 +289,7 @@ def test_a_layout_that_is_interrupted_leaves_nothing(cifake, tmp_path, monkeypat
 
     monkeypatch.setattr(shutil, "copytree", full)
     with pytest.raises(OSError, match="No space"):
-        data.download_cifake(tmp_path / "place" / "images")
+        download_cifake(tmp_path / "place" / "images")
     assert not list((tmp_path / "place").iterdir())
 
 
@@ -303,7 +304,7 @@ def test_a_download_that_holds_more_than_images_is_refused(kind, cifake, tmp_pat
     fake = SimpleNamespace(dataset_download=lambda handle: str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, "kagglehub", fake)
     with pytest.raises(UserError, match=r"5000.jpg is not a plain file"):
-        data.download_cifake(tmp_path / "target")
+        download_cifake(tmp_path / "target")
     assert not (tmp_path / "target").exists()
 
 
@@ -316,7 +317,7 @@ def test_a_download_that_fails_tells_the_steps_by_hand(tmp_path, monkeypatch):
         with pytest.raises(
             UserError, match=r"pip install kagglehub.* by hand, download https://www.kaggle.*cifake"
         ):
-            data.download_cifake(tmp_path / "cifake")
+            download_cifake(tmp_path / "cifake")
         assert not list(tmp_path.iterdir())
 
 

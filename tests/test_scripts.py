@@ -30,7 +30,7 @@ from torch import Tensor
 
 import fine_tune_teacher_cifar10 as teacher_script
 import main_train_cifar10 as student_script
-from data import DeviceLoader, ImageSet, load_cifake, load_cifar10, load_noise, with_shifted_copies
+from data import DeviceLoader, ImageSet, load_cifake, load_cifar10, load_noise
 from engine import TrainStep, compare, kd_loss, label_loss, predict, score
 from experiment.device import seed_everything
 from experiment.download import sha256
@@ -39,6 +39,7 @@ from experiment.folder import read_config
 from models import build_model, load_model, read_weights
 from plots import MARK
 from synthetic_data.demo_images import load_demo
+from synthetic_data.shifts import with_shifted_copies
 
 TEACHER = Path("runs/demo/teacher_cifar10_finetuned.pth")
 STUDENT = Path("runs/demo/student_cifar10_kd.pth")
@@ -194,7 +195,7 @@ def test_what_a_student_trains_on(workdir, cifake, cifar10_binary, monkeypatch):
     common += ["--synthetic_data_dir", "downloaded"]
     real = load_cifar10(cifar10_binary, train=True)
     test = load_cifar10(cifar10_binary, train=False)
-    expected = {"synthetic": load_cifake(cifake), "real": real, "noise": load_noise(40)}
+    expected = {"synthetic": load_cifake(cifake), "real": real, "noise": load_noise(n=40)}
     for source, train_set in expected.items():
         loaders.clear()
         argv = [*common, "--limit", "40", "--output", f"{source}.pth"]
@@ -221,7 +222,7 @@ def test_cifar100_from_class_folders(workdir, cifar100, monkeypatch, capsys):
         (folder / f"kind_{i:02d}").mkdir(parents=True)
         pixels = np.random.default_rng(i).integers(0, 256, (40, 48, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"kind_{i:02d}" / "0.png")
-    monkeypatch.setattr(student_script.data, "load_noise", lambda: load_noise(50))
+    monkeypatch.setattr(student_script.data, "load_noise", lambda classes: load_noise(classes, 50))
     flags = f"--dataset cifar100 --data_dir {cifar100} --epochs 1 --batch_size 50 --device cpu"
     flags = [*flags.split(), "--limit", "50", *SMALL_NETWORK]
     teacher = [*flags, "--init", "random", "--output", "teacher.pth"]
