@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
-# The paper's findings, as far as CIFAKE allows: the fidelity and the number of the images, weaker
-# teachers, temperature and length.
+# The paper's findings, as far as CIFAKE allows: the fidelity and the number of the images, weaker and
+# larger teachers, temperature and length.
 #
 #     bash scripts/findings.sh TEACHER [SEED ...]
 #
 # TEACHER is a weight file. Every student sees EPOCHS times 50,000 views, so a small set is seen more
 # often. The students are those of scripts/cpu.sh; on a GPU, use EPOCHS=50 RECIPE="--stem cifar" for
-# the default recipe. WEAK lists the epochs of the weaker teachers, LENGTHS those of students that
-# train longer or shorter; "" leaves them out. ENSEMBLE lists the weight files of an ensemble.
-# DMKD_DATA is the folder of both data sets. Runs and table go to runs/findings$TAG/, the student to
-# compare with goes to runs/controls$TAG/. Give every other recipe or teacher a TAG, such as _gpu.
-# Finished runs are skipped, stopped ones are resumed.
+# the default recipe. WEAK lists the epochs of the weaker teachers, LARGER the networks of larger ones,
+# LENGTHS the epochs of students that train longer or shorter; "" leaves them out. ENSEMBLE lists the
+# weight files of an ensemble. DMKD_DATA is the folder of both data sets. Runs, table and what
+# measure.py says of the teachers go to runs/findings$TAG/, the student to compare with goes to
+# runs/controls$TAG/. Give every other recipe or teacher a TAG, such as _gpu. Finished runs are
+# skipped, stopped ones are resumed.
 set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift
 source "$(dirname "$0")/once.sh"
 experiment findings "$@"
-epochs=${EPOCHS:-8} weak=${WEAK-1 2 4} lengths=${LENGTHS-4 16 32}
+epochs=${EPOCHS:-8} weak=${WEAK-1 2 4} larger=${LARGER-airbench95} lengths=${LENGTHS-4 16 32}
 # shellcheck disable=SC2206
 recipe=(--epochs "$epochs" "${both[@]}" ${RECIPE:-$fast_student})
 
@@ -28,10 +29,26 @@ on_variant() { # on_variant NAME FLAGS...: on a folder that variants.py made
         --epochs $((epochs * 50000 / $(find "$folder" -type f | wc -l)))
 }
 
-# shellcheck disable=SC2086
+measures() { # measures NAME TEACHER: the entropy of its outputs for CIFAKE, among others
+    [ -e "$runs/measures/$1/measures.json" ] || python synthetic_data/measure.py "$cifake" \
+        "${data[@]}" --teacher_weights "$2" --output "$runs/measures/$1"
+}
+
+others=
+other_teacher() { # other_teacher NAME FLAGS...
+    others+=" $1"
+    # shellcheck disable=SC2086
+    once "$runs/teacher_$1-0" fine_tune_teacher_cifar10.py --init random "${data[@]}" $fast_teacher \
+        "${@:2}"
+    measures "$1" "$runs/teacher_$1-0.pth"
+}
+
+measures teacher "$teacher"
 for n in $weak; do
-    once "$runs/teacher_of_$n-0" fine_tune_teacher_cifar10.py --init random --epochs "$n" \
-        "${data[@]}" $fast_teacher
+    other_teacher "$n" --epochs "$n"
+done
+for arch in $larger; do
+    other_teacher "$arch" --epochs 10 --arch "$arch"
 done
 for seed in ${*:-0 1 2}; do
     # the student to compare with: the first one of controls.sh
@@ -46,9 +63,9 @@ for seed in ${*:-0 1 2}; do
     on_variant images_5000 subset --count 5000
     on_variant images_10000 subset --count 10000
     on_variant images_25000 subset --count 25000
-    # weaker teachers
-    for n in $weak; do
-        student "of_teacher_$n" --teacher_weights "$runs/teacher_of_$n-0.pth"
+    # other teachers
+    for name in $others; do
+        student "of_teacher_$name" --teacher_weights "$runs/teacher_$name-0.pth"
     done
     # shellcheck disable=SC2086
     [ -z "${ENSEMBLE:-}" ] || student ensemble --teacher_weights $ENSEMBLE

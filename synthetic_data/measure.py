@@ -6,8 +6,9 @@
 The first folder holds the images. The folder --output gets two files, which must not exist yet:
 
     measures.json    teacher_accuracy: percent of the images for which the teacher predicts the
-                     intended class; confidence: mean of its highest probability, in percent; mean
-                     and std of red, green and blue, of 255; pixels, features and fid: see below
+                     intended class; confidence: mean of its highest probability, in percent;
+                     entropy: that of its outputs at T = 10, in nats (2.303 if all ten are equal);
+                     mean and std of red, green and blue, of 255; pixels, features, fid: see below
     nearest.png      24 images, each followed by the training image that is nearest to it in pixels,
                      and by the one that is nearest in the teacher's features
 
@@ -89,6 +90,7 @@ def main(args: Namespace) -> None:
         "teacher": str(args.teacher_weights),
         "teacher_accuracy": 100 * (logits.argmax(1) == made.labels).float().mean().item(),
         "confidence": 100 * logits.softmax(1).amax(1).mean().item(),
+        "entropy": torch.special.entr((logits / 10).softmax(1)).sum(1).mean().item(),
         **colours(made),
         **{f"{key}_of_cifar10": value for key, value in colours(train_set).items()},
     }

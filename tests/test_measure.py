@@ -1,6 +1,7 @@
 """synthetic_data/measure.py, on made data."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 from functools import partial
@@ -31,11 +32,14 @@ def test_what_is_measured(argv, monkeypatch, capsys):
     assert measures["count"] == 40
     made, teacher = load_cifake(argv[0]), load_model("teacher.pth").eval()
     with torch.no_grad():
-        probabilities = teacher(normalize(made.images)).softmax(1)
+        logits = teacher(normalize(made.images))
+    probabilities, soft = logits.softmax(1), (logits.double() / 10).softmax(1)
     right = (probabilities.argmax(1) == made.labels).sum().item()
     assert measures["teacher_accuracy"] == pytest.approx(100 * right / 40)
     confidence = 100 * probabilities.amax(1).mean().item()
     assert measures["confidence"] == pytest.approx(confidence, rel=1e-4)
+    assert measures["entropy"] == pytest.approx(-(soft * soft.log()).sum(1).mean().item(), rel=1e-4)
+    assert measures["entropy"] < math.log(10)
     real = load_cifar10(argv[-3], train=True).images.double().transpose(0, 1).flatten(1)
     assert measures["mean_of_cifar10"] == pytest.approx(real.mean(1).tolist())
     assert measures["std_of_cifar10"] == pytest.approx(real.std(1).tolist(), rel=1e-4)
