@@ -7,11 +7,11 @@
 # TEACHER is a weight file. Every student sees EPOCHS times 50,000 views, so a small set is seen more
 # often. The students are those of scripts/cpu.sh; on a GPU, use EPOCHS=50 RECIPE="--stem cifar" for
 # the default recipe. WEAK lists the epochs of the weaker teachers, LARGER the networks of larger ones,
-# LENGTHS the epochs of students that train longer or shorter; "" leaves them out. ENSEMBLE lists the
-# weight files of an ensemble. DMKD_DATA is the folder of both data sets. Runs, table and what
-# measure.py says of the teachers go to runs/findings$TAG/, the student to compare with goes to
-# runs/controls$TAG/. Give every other recipe or teacher a TAG, such as _gpu. Finished runs are
-# skipped, stopped ones are resumed.
+# LENGTHS the epochs of students that train longer or shorter; "" leaves them out. SETTINGS (names from
+# below) leaves all other students out. ENSEMBLE lists the weight files of an ensemble. DMKD_DATA is the
+# folder of both data sets. Runs, table and what measure.py says of the teachers go to
+# runs/findings$TAG/, the student to compare with goes to runs/controls$TAG/. Give every other recipe
+# or teacher a TAG, such as _gpu. Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift
@@ -22,6 +22,7 @@ epochs=${EPOCHS:-8} weak=${WEAK-1 2 4} larger=${LARGER-airbench95} lengths=${LEN
 recipe=(--epochs "$epochs" "${both[@]}" ${RECIPE:-$fast_student})
 
 on_variant() { # on_variant NAME FLAGS...: on a folder that variants.py made
+    wanted "$1" || return 0
     local name=$1 folder=$runs/images/$1
     shift
     [ -d "$folder" ] || python synthetic_data/variants.py "$@" --synthetic_data_dir "$cifake" "$folder"

@@ -43,8 +43,15 @@ once() {
     fi
 }
 
-# student NAME FLAGS...: a student with $seed and the flags of the array `recipe`, in $runs/NAME-$seed.
+# wanted NAME: whether SETTINGS names this student, or is not given.
+wanted() {
+    case " ${SETTINGS:-$1} " in *" $1 "*) ;; *) return 1 ;; esac
+}
+
+# student NAME FLAGS...: if it is wanted, a student with $seed and the flags of the array `recipe`, in
+# $runs/NAME-$seed.
 student() {
+    wanted "$1" || return 0
     local name=$1
     shift
     once "$runs/$name-$seed" main_train_cifar10.py --seed "$seed" "${recipe[@]}" "$@"

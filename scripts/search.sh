@@ -18,33 +18,29 @@ experiment search "$@"
 recipe=("${both[@]}" --holdout 2000 --limit "${IMAGES:-50000}" --epochs "${EPOCHS:-4}"
     $fast --batch_size 1000 --lr 0.24 --teacher_weights "$teacher")
 
-setting() { # setting NAME FLAGS...: unless SETTINGS names others
-    case " ${SETTINGS:-$1} " in *" $1 "*) student "$@" ;; esac
-}
-
 for seed in ${*:-0}; do
-    setting base
-    setting temperature_4 --temperature 4
-    setting crop --augment crop
-    setting rrc_jitter --augment rrc_jitter
-    setting mixup --mixup 1
-    setting batch_125 --batch_size 125 --lr 0.085
-    setting batch_250 --batch_size 250 --lr 0.12
-    setting batch_500 --batch_size 500 --lr 0.17
-    setting lr_012 --lr 0.12
-    setting lr_036 --lr 0.36
-    setting cosine --scheduler cosine
+    student base
+    student temperature_4 --temperature 4
+    student crop --augment crop
+    student rrc_jitter --augment rrc_jitter
+    student mixup --mixup 1
+    student batch_125 --batch_size 125 --lr 0.085
+    student batch_250 --batch_size 250 --lr 0.12
+    student batch_500 --batch_size 500 --lr 0.17
+    student lr_012 --lr 0.12
+    student lr_036 --lr 0.36
+    student cosine --scheduler cosine
     # augmentations that four epochs are too few for
-    setting batch_250_mixup --batch_size 250 --lr 0.12 --mixup 1
-    setting batch_250_rrc_jitter --batch_size 250 --lr 0.12 --augment rrc_jitter
-    setting batch_250_both --batch_size 250 --lr 0.12 --mixup 1 --augment rrc_jitter
+    student batch_250_mixup --batch_size 250 --lr 0.12 --mixup 1
+    student batch_250_rrc_jitter --batch_size 250 --lr 0.12 --augment rrc_jitter
+    student batch_250_both --batch_size 250 --lr 0.12 --mixup 1 --augment rrc_jitter
     # optimizers for a ResNet18
-    setting resnet18_muon --arch resnet18 --batch_size 250 --lr 0.12
-    setting resnet18_muon_warmup --arch resnet18 --batch_size 250 --lr 0.12 --warmup 0.1
+    student resnet18_muon --arch resnet18 --batch_size 250 --lr 0.12
+    student resnet18_muon_warmup --arch resnet18 --batch_size 250 --lr 0.12 --warmup 0.1
     sgd="--arch resnet18 --optimizer sgd --momentum 0.9 --weight_decay 5e-4"
     # shellcheck disable=SC2086
-    setting resnet18_sgd_128 $sgd --batch_size 128 --lr 0.05
+    student resnet18_sgd_128 $sgd --batch_size 128 --lr 0.05
     # shellcheck disable=SC2086
-    setting resnet18_sgd_500 $sgd --batch_size 500 --lr 0.2 --nesterov --warmup 0.2
+    student resnet18_sgd_500 $sgd --batch_size 500 --lr 0.2 --nesterov --warmup 0.2
 done
 summary

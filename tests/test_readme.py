@@ -161,11 +161,19 @@ def test_every_command_of_an_experiment_parses(command, workdir):
     """Each of scripts/*.sh is run, with something in place of Python that notes the commands."""
     script, *argv = command.split()
     started = started_by(workdir, script, *argv)
-    calls = "python|once|student|setting|pair|on_variant|other_teacher|images|measures|students"
+    calls = "python|once|student|pair|on_variant|other_teacher|images|measures|students"
     text = (REPOSITORY / "scripts" / script).read_text()
     assert len(started) >= len(re.findall(rf"^ *(?:{calls}) [^(]", text, re.MULTILINE)) - 1 > 0
     for line in started:
         parse(line)
+
+
+def test_settings_leave_the_other_students_out(workdir, monkeypatch):
+    monkeypatch.setenv("SETTINGS", "cifake agreed epochs_16")
+    started = started_by(workdir, "findings.sh", "teacher.pth", "0")
+    students = [re.search(r"runs/\w+/(\w+)-0 ", line)[1] for line in started if "main_" in line]
+    assert students == ["cifake", "agreed", "epochs_16"]
+    assert sum("variants.py" in line for line in started) == 1
 
 
 SEEDED = [command for command in EXPERIMENTS if command.endswith(" 0")]
