@@ -49,8 +49,7 @@ images() { # images NAME FLAGS...: a set of the generator, and its measures
     measures "$1" "$top/images/$1/images"
 }
 measures() { # measures NAME FOLDER
-    [ -e "$top/measures/$1/measures.json" ] || python synthetic_data/measure.py "$2" $measure \
-        --teacher_weights $top/expert.pth "${data[@]}" --output "$top/measures/$1"
+    measured "$top/measures/$1" "$2" "$top/expert.pth" $measure
 }
 students() { # students NAME FOLDER TEACHER: one per seed
     for seed in $seeds; do

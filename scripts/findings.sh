@@ -30,21 +30,16 @@ on_variant() { # on_variant NAME FLAGS...: on a folder that variants.py made
         --epochs $((epochs * 50000 / $(find "$folder" -type f | wc -l)))
 }
 
-measures() { # measures NAME TEACHER: the entropy of its outputs for CIFAKE, among others
-    [ -e "$runs/measures/$1/measures.json" ] || python synthetic_data/measure.py "$cifake" \
-        "${data[@]}" --teacher_weights "$2" --output "$runs/measures/$1"
-}
-
 others=
-other_teacher() { # other_teacher NAME FLAGS...
+other_teacher() { # other_teacher NAME FLAGS...: and the entropy of its outputs for CIFAKE
     others+=" $1"
     # shellcheck disable=SC2086
     once "$runs/teacher_$1-0" fine_tune_teacher_cifar10.py --init random "${data[@]}" $fast_teacher \
         "${@:2}"
-    measures "$1" "$runs/teacher_$1-0.pth"
+    measured "$runs/measures/$1" "$cifake" "$runs/teacher_$1-0.pth"
 }
 
-measures teacher "$teacher"
+measured "$runs/measures/teacher" "$cifake" "$teacher"
 for n in $weak; do
     other_teacher "$n" --epochs "$n"
 done

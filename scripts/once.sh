@@ -57,6 +57,12 @@ student() {
     once "$runs/$name-$seed" main_train_cifar10.py --seed "$seed" "${recipe[@]}" "$@"
 }
 
+# measured FOLDER IMAGES TEACHER FLAGS...: what measure.py says of a set of images, in FOLDER.
+measured() {
+    [ -e "$1/measures.json" ] || python synthetic_data/measure.py "$2" "${data[@]}" --output "$1" \
+        --teacher_weights "$3" "${@:4}"
+}
+
 # summary [RUN ...]: the table of these runs, or of all runs of the experiment.
 summary() {
     [ $# -gt 0 ] || set -- "$runs"/*/

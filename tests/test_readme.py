@@ -161,7 +161,7 @@ def test_every_command_of_an_experiment_parses(command, workdir):
     """Each of scripts/*.sh is run, with something in place of Python that notes the commands."""
     script, *argv = command.split()
     started = started_by(workdir, script, *argv)
-    calls = "python|once|student|pair|on_variant|other_teacher|images|measures|students"
+    calls = "python|once|student|pair|on_variant|other_teacher|images|measures|measured|students"
     text = (REPOSITORY / "scripts" / script).read_text()
     assert len(started) >= len(re.findall(rf"^ *(?:{calls}) [^(]", text, re.MULTILINE)) - 1 > 0
     for line in started:
