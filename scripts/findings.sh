@@ -73,4 +73,5 @@ for seed in ${*:-0 1 2}; do
         student "epochs_$n" --teacher_weights "$teacher" --epochs "$n"
     done
 done
+shopt -s nullglob # SETTINGS may leave all of a pattern out
 summary "runs/controls${TAG:-}"/cifake-*/ "$runs"/*-[0-9]*/

@@ -198,7 +198,7 @@ def test_the_cpu_recipe_is_the_one_of_its_script(workdir):
     for script, name in ((teacher_script, "fine_tune"), (student_script, "main_train")):
         of_script, *_ = (shlex.split(line)[1:] for line in started if line.startswith(name))
         expected = vars(script.parse_args(of_script))
-        lines = [c for c in COMMANDS if c.startswith(name) and "muon" in c]
+        lines = [c for c in commands(README) if c.startswith(name) and "muon" in c]
         assert lines
         for line in lines:
             given = vars(script.parse_args(shlex.split(line)[1:]))
