@@ -1,8 +1,8 @@
 """Augmentations of training images, a whole batch at a time and on the device.
 
-They are deterministic: their random parameters are passed in, one set per image. The functions
-draw_* draw those of an epoch from PyTorch's CPU generator, so a seed gives the same views on every
-device.
+They are deterministic: their random parameters are passed in, one set per image (mixup: one per
+batch). The functions draw_* draw those of an epoch from PyTorch's CPU generator, so a seed gives
+the same views on every device.
 """
 
 import torch

@@ -20,10 +20,12 @@ import torch
 from PIL import Image, ImageOps  # comes with torchvision and matplotlib
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.transforms.v2 import functional as F
+from torchvision.transforms.v2.functional import resize
 
 import augmentations
 from experiment import parallel
+from experiment.device import MEMORY_FORMAT
+from experiment.download import timeout
 from experiment.errors import UserError
 
 CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
@@ -82,6 +84,12 @@ class ImageSet:
         parts = (replace(self, images=self.images[m], labels=self.labels[m]) for m in (~held, held))
         return next(parts), next(parts)
 
+    def sha256(self) -> str:
+        """A checksum of all images and labels."""
+        digest = hashlib.sha256(self.images.numpy())
+        digest.update(self.labels.numpy())
+        return digest.hexdigest()
+
 
 # ------------------------------------------------------------------------------------ real images
 
@@ -107,7 +115,8 @@ def load_cifar100(data_dir: str | Path, train: bool) -> ImageSet:
 def _load_python(dataset: type[CIFAR10], data_dir: str | Path, train: bool, lack: str) -> ImageSet:
     python, new = Path(data_dir) / dataset.base_folder, not Path(data_dir).exists()
     try:
-        cifar = dataset(data_dir, train, download=not python.is_dir())
+        with timeout():
+            cifar = dataset(data_dir, train, download=not python.is_dir())
     except (OSError, RuntimeError) as error:
         if python.is_dir():
             for name, md5 in dataset.train_list + dataset.test_list:
@@ -137,7 +146,10 @@ def _load_binary(folder: Path, train: bool) -> ImageSet:
 def _read_checked(path: Path, md5: str) -> bytes:
     data = path.read_bytes() if path.is_file() else b""
     if hashlib.md5(data).hexdigest() != md5:
-        raise UserError(f"{path} is missing, or not the original file of CIFAR: its MD5 differs")
+        raise UserError(
+            f"{path} is missing, or not the original file of CIFAR: its MD5 differs; "
+            f"without {path.parent}, CIFAR is downloaded again"
+        )
     return data
 
 
@@ -234,7 +246,7 @@ def _load_pixels(path: str | Path) -> np.ndarray:
     if pixels.shape[:2] == (32, 32):
         return pixels
     image = torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)
-    return F.resize(image, [32, 32], antialias=True).permute(1, 2, 0).numpy()
+    return resize(image, [32, 32], antialias=True).permute(1, 2, 0).numpy()
 
 
 def _pixels(picture: Image.Image) -> np.ndarray:
@@ -262,9 +274,9 @@ def load_noise(classes: tuple[str, ...] = CLASSES, n: int = 50_000) -> ImageSet:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """(B, 3, H, W), 0 to 255 -> float32, channels-last, standardised by CIFAR-10's statistics."""
+    """(B, 3, H, W), 0 to 255 -> float32 in MEMORY_FORMAT, standardised by CIFAR-10's statistics."""
     mean, std = _statistics(images.device)
-    images = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
+    images = images.to(torch.float32, memory_format=MEMORY_FORMAT, copy=True)
     return images.sub_(mean).div_(std)
 
 

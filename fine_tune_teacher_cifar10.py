@@ -76,18 +76,18 @@ def main(args: Namespace) -> None:
     # model, optimizer, scheduler
     seed_everything(args.seed)
     teacher = build_model(args.arch, args.stem, len(test_set.classes))
-    extra = {}
+    must_match = {"train_images": len(train_set), "test_images": len(test_set)}
     if folder.is_new(args):
         with parallel.rank_zero_first():
             start = args.init if args.init in INITS else local_file(args.init)
             print(f"start: {init_from(teacher, start)}", flush=True)
             if args.init not in INITS:
-                extra["init_sha256"] = sha256(start)
+                must_match["init_sha256"] = sha256(start)
         if args.init == "random" and isinstance(teacher, Airbench):
             teacher.whiten(normalize(train_set.images[:WHITENING_IMAGES]))
     teacher.to(device)
     distributed = parallel.distribute(teacher)  # `teacher` itself without torchrun
-    optimizer = build_optimizer(teacher, args)
+    optimizer = build_optimizer(teacher, args, amp)
     scheduler = build_scheduler(optimizer, args, args.epochs * len(train_loader))
 
     def loss_fn(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,8 +97,7 @@ def main(args: Namespace) -> None:
     step = TrainStep(loss_fn, optimizer, amp, graph=not args.no_cuda_graph)
     state = dict(model=teacher, optimizer=optimizer, scheduler=scheduler, step=step)
     about = describe(teacher, test_set.classes)
-    must_match = {"train_images": len(train_set), "test_images": len(test_set)}
-    with Run(args, "teacher", state, about, device, amp, must_match, plot_run, **extra) as run:
+    with Run(args, "teacher", state, about, device, amp, must_match, plot_run) as run:
         for epoch in run.epochs():
             train_loader.epoch = epoch
             train = train_one_epoch(teacher, train_loader, step, scheduler, run.on_batch)

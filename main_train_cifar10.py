@@ -124,7 +124,7 @@ def main(args: Namespace) -> None:
     print(f"teacher: {accuracy:.2f} % on {len(test_set):,} real test images", flush=True)
     held_out_logits = predict(teacher, held_out_loader)
     models.cast_weights_(teacher, amp)
-    optimizer = build_optimizer(student, args)
+    optimizer = build_optimizer(student, args, amp)
     scheduler = build_scheduler(optimizer, args, args.epochs * len(train_loader))
 
     def loss_fn(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # the labels are not used
@@ -143,7 +143,7 @@ def main(args: Namespace) -> None:
     state = dict(model=student, optimizer=optimizer, scheduler=scheduler, step=step)
     about = models.describe(student, test_set.classes)
     must_match = {"train_images": len(train_set), "test_images": len(test_set)}
-    must_match |= {"teacher_sha256": teacher_sha256}
+    must_match |= {"train_sha256": train_set.sha256(), "teacher_sha256": teacher_sha256}
     extra = {"teacher_accuracy": accuracy, "teacher_files": files}
     with Run(args, "student", state, about, device, amp, must_match, plot_run, **extra) as run:
         for epoch in run.epochs():
@@ -178,7 +178,7 @@ def load_train_set(args: Namespace, classes: tuple[str, ...]) -> data.ImageSet:
     return data.load_cifake(args.synthetic_data_dir, args.limit)
 
 
-def load_teacher(args: Namespace, classes: tuple[str, ...]) -> tuple[nn.Module, str | None, dict]:
+def load_teacher(args: Namespace, classes: tuple[str, ...]) -> tuple[nn.Module, str, dict]:
     """The teacher, the checksum of its weights, and the SHA-256 of each of its files."""
     members, files = [], {}
     for source in args.teacher_weights:
@@ -193,7 +193,7 @@ def load_teacher(args: Namespace, classes: tuple[str, ...]) -> tuple[nn.Module, 
         files[source] = sha256(path)
         print("teacher: {arch} with the {stem} stem, {}".format(source, **members[-1].spec))
     teacher = members[0] if len(members) == 1 else models.Ensemble(members)
-    return teacher, None if "random" in args.teacher_weights else models.checksum(teacher), files
+    return teacher, models.checksum(teacher), files
 
 
 if __name__ == "__main__":

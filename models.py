@@ -21,6 +21,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from experiment.device import MEMORY_FORMAT
+from experiment.download import timeout
 from experiment.errors import UserError
 from experiment.files import load
 from networks.airbench import WIDTHS, Airbench
@@ -47,7 +49,7 @@ def build_model(arch: str = "resnet18", stem: str = "cifar", num_classes: int = 
         if stem == "cifar":
             use_cifar_stem(model, arch)
     model.spec = {"arch": arch, "stem": stem, "num_classes": num_classes}
-    return model.to(memory_format=torch.channels_last)
+    return model.to(memory_format=MEMORY_FORMAT)
 
 
 FOR_32X32 = {
@@ -138,14 +140,14 @@ def load_model(path: str | Path, **expected: int | str | list[str]) -> nn.Module
     weights, said = read_weights(path)
     if "stem" not in said:
         said = _recognise(weights, path, expected.get("stem"))
-    spec = arch, stem, num_classes = [said.get(key) for key in ("arch", "stem", "num_classes")]
+    arch, stem, num_classes = (said.get(key) for key in ("arch", "stem", "num_classes"))
     known = arch in ARCHITECTURES and stem in STEMS and isinstance(num_classes, int)
     if not known or not 0 < num_classes < 10**5:
         raise UserError(f"{path} holds a network that is not known here: {arch}, stem {stem}")
     for key, value in expected.items():
         if said.get(key, value) != value:
             raise UserError(f"{path}: expected {key} {value}, found {said[key]}")
-    model = build_model(*spec)
+    model = build_model(arch, stem, num_classes)
     _load_weights(model, weights, path)
     return model.eval()
 
@@ -153,8 +155,7 @@ def load_model(path: str | Path, **expected: int | str | list[str]) -> nn.Module
 def _recognise(weights: dict[str, Tensor], path: str | Path, expected: str | None = None) -> dict:
     """The first network in ARCHITECTURES that a state dict fits. Errors: UserError.
 
-    MobileNetV2 and ShuffleNetV2 have the same shapes with either stem: the `expected` one is taken,
-    or the CIFAR one.
+    MobileNetV2 and ShuffleNetV2 fit either stem: the `expected` one is taken, or the CIFAR one.
     """
     stems = sorted(STEMS, key=lambda stem: stem != expected)
     heads = [len(w) for key, w in weights.items() if key.startswith(HEADS) and w.ndim == 2]
@@ -212,7 +213,8 @@ def _imagenet_weights(model: nn.Module) -> dict[str, Tensor]:
         raise UserError(f"torchvision has no ImageNet weights of {arch}: use --init random")
     weights = torchvision.models.get_model_weights(arch).IMAGENET1K_V1
     try:
-        return dict(weights.get_state_dict(progress=False, check_hash=True))
+        with timeout():
+            return dict(weights.get_state_dict(progress=False, check_hash=True))
     except Exception as error:  # no network, or a download cut short
         hint = "use --init random, or --init PATH with torchvision's file"
         raise UserError(f"{arch}'s weights cannot be downloaded ({error}); {hint}") from error

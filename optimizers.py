@@ -14,14 +14,17 @@ from experiment.device import has_bfloat16
 # ------------------------------------------------------------------------------------- optimizers
 
 
-def build_optimizer(model: nn.Module, args: Namespace) -> Optimizer:
+def build_optimizer(model: nn.Module, args: Namespace, amp: torch.dtype | None = None) -> Optimizer:
     """SGD, Adam or Muon, from `optimizer`, `lr`, `momentum`, `nesterov`, `weight_decay` of `args`.
 
-    On CUDA the update of SGD and Adam is one fused kernel; on a CPU the plain loop is the fastest.
+    `amp` is the autocast dtype; if there is one, Muon multiplies in bfloat16 where the device has
+    it. On CUDA the update of SGD and Adam is one fused kernel; on a CPU the plain loop is the
+    fastest.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if args.optimizer == "muon":
-        return Muon(parameters, args.lr, args.momentum, args.weight_decay)
+        dtype = torch.bfloat16 if amp and has_bfloat16(parameters[0].device) else torch.float32
+        return Muon(parameters, args.lr, args.momentum, args.weight_decay, dtype)
     cuda = parameters[0].is_cuda
     options = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": cuda}
     if args.optimizer == "adam":  # capturable: it counts its steps on the device, for a CUDA graph
@@ -42,12 +45,18 @@ class Muon(Optimizer):
     kellerjordan.github.io/posts/muon). Linear layers take Nesterov SGD at MATRIX_RATE * lr, vectors
     (biases, BatchNorm) at VECTOR_RATE * lr, both with momentum 0.85 and `weight_decay`. These are
     the rates of airbench94 (Jordan 2024, arXiv 2404.00498), which sums its loss over the batch.
+    `dtype` is for the multiplications of `newton_schulz`.
     """
 
     MATRIX_RATE, VECTOR_RATE, OTHER_MOMENTUM = 2.8, 0.22, 0.85
 
     def __init__(
-        self, parameters: Iterable[Tensor], lr: float, momentum: float, weight_decay: float = 0.0
+        self,
+        parameters: Iterable[Tensor],
+        lr: float,
+        momentum: float,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         filters, matrices, vectors = [], [], []
         for p in parameters:
@@ -59,7 +68,7 @@ class Muon(Optimizer):
             {"params": vectors, "lr": self.VECTOR_RATE * lr, **rest},
         ]
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
-        self.dtype = torch.bfloat16 if has_bfloat16(filters[0].device) else torch.float32
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:

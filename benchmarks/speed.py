@@ -172,7 +172,7 @@ def ours(
     cast_weights_(teacher, amp)
     if compiled:
         network, teacher = torch.compile(network), torch.compile(teacher)
-    optimizer = build_optimizer(network, recipe)
+    optimizer = build_optimizer(network, recipe, amp)
     scheduler = build_scheduler(optimizer, recipe, recipe.epochs * len(train_loader))
 
     def kd_loss_fn(images, labels):

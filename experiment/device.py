@@ -11,6 +11,12 @@ import torch
 from experiment import parallel
 from experiment.errors import UserError
 
+# The fast layout of images and filters. On a Mac's GPU, BatchNorm gets wrong gradients from
+# channels-last tensors (https://github.com/pytorch/pytorch/issues/175189).
+MEMORY_FORMAT = (
+    torch.contiguous_format if torch.backends.mps.is_available() else torch.channels_last
+)
+
 
 def pick_device(name: str, amp: str) -> tuple[torch.device, torch.dtype | None]:
     """The device to run on, and the dtype of autocast; None stands for plain float32.

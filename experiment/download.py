@@ -6,6 +6,8 @@ import re
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from experiment.errors import UserError
 from experiment.files import load
 
 SCHEMES = ("https://", "http://", "file://")
-TIMEOUT = 30  # seconds without an answer; PyTorch would wait for ever
+TIMEOUT = 30  # seconds without an answer
 
 
 def local_file(source: str) -> Path:
@@ -46,6 +48,17 @@ def local_file(source: str) -> Path:
     return path
 
 
+@contextmanager
+def timeout() -> Iterator[None]:
+    """A block in which a download without an answer fails; PyTorch would wait for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -57,15 +70,12 @@ def _check_sha256(path: Path, url: str, expected: str | None) -> None:
 
 
 def _download(url: str, path: Path) -> None:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)
     try:
-        torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+        with timeout():
+            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
     except (HTTPException, OSError, ValueError) as error:  # ValueError: an invalid address
         reason = getattr(error, "reason", None) or error
         raise UserError(f"{url} cannot be downloaded: {reason}") from error
-    finally:
-        socket.setdefaulttimeout(before)
     try:
         load(path)
     except UserError as error:

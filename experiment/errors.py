@@ -12,7 +12,8 @@ import torch
 from experiment import parallel
 from experiment.streams import steady_output
 
-NO_MEMORY = "can't allocate memory|out of memory|ALLOC_FAILED"  # the CPU; MPS and CUDA; cuBLAS
+# the CPU, on Linux and on Windows; MPS and CUDA; cuBLAS
+NO_MEMORY = "can't allocate memory|not enough memory|out of memory|ALLOC_FAILED"
 
 
 class UserError(Exception):

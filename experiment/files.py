@@ -3,6 +3,8 @@
 import io
 import itertools
 import os
+import sys
+import time
 import uuid
 import warnings
 import zipfile
@@ -28,12 +30,24 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         with open(name, "xb") as file:
             yield file
             _flush(file)
-        os.replace(name, path)
+        _replace(name, path)
     except OSError as error:  # on a full disk the error names no file
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
             name.unlink()
+
+
+def _replace(name: Path, path: Path) -> None:
+    """`os.replace`, which Windows refuses for as long as a virus scanner reads the old file."""
+    for seconds in (0.1, 1, 5):
+        try:
+            return os.replace(name, path)
+        except PermissionError:
+            if sys.platform != "win32":
+                raise
+            time.sleep(seconds)
+    os.replace(name, path)
 
 
 def _flush(file: BinaryIO) -> None:

@@ -161,10 +161,13 @@ def add_optimisation_flags(parser: Parser, recipe: dict) -> None:
     add("--epochs", type=int_in(1, 10**5), metavar="N", help="length of the run [%(default)s]")
     add("--batch_size", type=int_in(2, 10**6), metavar="N", help="images a step [%(default)s]")
     add("--optimizer", choices=("sgd", "adam", "muon"), help="optimizer [%(default)s]")
-    add("--lr", type=float_in(0, 1000, above=True), metavar="X", help="peak rate [%(default)s]")
-    add("--momentum", type=float_in(0, 0.9999), metavar="X", help="of SGD or Muon [%(default)s]")
+    add("--lr", type=float_in(0, 1000, above=True), metavar="X",
+        help="peak rate; of Muon, the filters' [%(default)s]")
+    add("--momentum", type=float_in(0, 0.9999), metavar="X",
+        help="of SGD, or of Muon's filters [%(default)s]")
     add("--nesterov", action="store_true", help="Nesterov momentum in SGD")
-    add("--weight_decay", type=float_in(0, 10), metavar="X", help="L2 penalty [%(default)s]")
+    add("--weight_decay", type=float_in(0, 10), metavar="X",
+        help="L2 penalty; with Muon, of all but the filters [%(default)s]")
     add("--scheduler", choices=("none", "multistep", "cosine", "onecycle", "linear"),
         help="schedule of the learning rate, applied every batch [%(default)s]")
     add("--milestones", type=float_in(0, 1, above=True), nargs="+", metavar="X",

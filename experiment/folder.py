@@ -10,6 +10,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -33,7 +34,7 @@ CHECKPOINTS = ("last.pt", "best.pt", LOCK)
 OTHER_SUFFIXES = (".json", ".csv", ".png", ".npz", ".tmp")
 # Where files are and what computes: only these flags may change when a run is resumed.
 MAY_CHANGE_ON_RESUME = (
-    *("resume", "output", "data_dir", "synthetic_data_dir", "val_dir", "teacher_weights", "init"),
+    *("resume", "output", "data_dir", "synthetic_data_dir", "val_dir", "teacher_weights"),
     *("label_file", "device", "no_cuda_graph", "workers"),
 )
 
@@ -209,13 +210,13 @@ def check_lock(file: BinaryIO, folder: Path) -> None:
 
 def provenance(device: torch.device, amp: torch.dtype | None) -> dict:
     """Where numbers come from: command, time, commit, versions, hardware and precision."""
-    git = "git describe --always --dirty --abbrev=12 --exclude=*".split()
-    try:
-        here = Path(__file__).parent
-        done = subprocess.run(git, cwd=here, capture_output=True, text=True, check=True)
+    here, commit = Path(__file__), None
+    ours = ["git", "ls-files", "--error-unmatch", here.name]  # not a copy in another repository
+    describe = "git describe --always --dirty --abbrev=12 --exclude=*".split()
+    with suppress(OSError, subprocess.CalledProcessError):  # no git, or a copy without its history
+        for git in (ours, describe):
+            done = subprocess.run(git, cwd=here.parent, capture_output=True, text=True, check=True)
         commit = done.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git here, or a copy without its history
-        commit = None
     return {
         "command": shlex.join([*parallel.launcher().split(), *sys.argv]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),

@@ -47,7 +47,7 @@ class Run:
 
     Every epoch the state is copied in memory, and written to disk at most every SAVE_EVERY seconds.
     Leaving the `with` block, also by a signal, writes the last copy. metrics.csv is written from
-    the history in last.pt, so they cannot disagree. Only rank 0 touches the folder. Errors:
+    the history in last.pt, so they cannot disagree. Only rank 0 writes to the folder. Errors:
     UserError, OSError.
     """
 
@@ -91,12 +91,12 @@ class Run:
 
     def _open(self, must_match: dict) -> None:
         """Check and lock the folder of the run that is resumed."""
-        self.config = folder.read_config(self.folder)
-        folder.check_parts(self.config, self.folder)
+        folder.check_parts(folder.read_config(self.folder), self.folder)
         folder.check_output(self.output, self.folder)
         self.lock = folder.lock(self.folder)
+        self.config = folder.read_config(self.folder)  # now that no other process writes it
         for key, value in must_match.items():
-            was = self.config.get(key)
+            was = self.config.get(key, value)  # older commits wrote fewer keys
             if was != value:
                 problem = f"with other files: {key} was {was}, is {value}"
                 raise UserError(f"{self.folder} cannot be resumed {problem}")

@@ -28,7 +28,8 @@ class StopSignals:
         """Replace the signal handlers."""
         for number in STOP_SIGNALS:
             ignored = signal.getsignal(number) is signal.SIG_IGN
-            if number == signal.SIGINT or not ignored:  # by nohup; a script's "&" ignores SIGINT
+            # nohup's SIGHUP stays ignored; SIGINT, which a script's "&" ignores, is handled again
+            if number == signal.SIGINT or not ignored:
                 self.handlers[number] = signal.signal(number, self._on_signal) or signal.SIG_DFL
 
     def restore(self) -> None:

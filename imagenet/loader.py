@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import functional as F
 
 from data import check_batch_size
 from experiment import parallel
+from experiment.device import MEMORY_FORMAT
 from experiment.errors import UserError
 from experiment.signals import STOP_SIGNALS
 from imagenet.index import ImageFiles, names_as_in_torchvision
@@ -193,7 +194,7 @@ class FolderLoader:
         pinned = self.device.type == "cuda"  # MPS would copy after the source is freed
         for images, labels in self._decoded():
             images, labels = (x.to(self.device, non_blocking=pinned) for x in (images, labels))
-            images = images.to(torch.float32, memory_format=torch.channels_last)
+            images = images.to(torch.float32, memory_format=MEMORY_FORMAT)
             images.sub_(self.mean).div_(self.std)
             yield images, labels
 

@@ -71,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         "GPU; no effect on results [%(default)s]")
     add = parser.add_argument_group("student").add_argument
     add("--arch", choices=NETWORKS, default="resnet18", metavar="NAME",
-        help=f"{networks} [resnet18]")
+        help=f"{networks} [%(default)s]")
     flags.add_optimisation_flags(parser, RECIPE)
     add = parser.add_argument_group("distillation").add_argument
     add("--teacher_weights", default="resnet18", metavar="TEACHER",
@@ -111,7 +111,7 @@ def main(args: Namespace) -> None:
     accuracy = teacher_test["accuracy"]
     print(f"teacher: {accuracy:.2f} % on {len(test_files):,} real test images", flush=True)
     cast_weights_(teacher, amp)
-    optimizer = build_optimizer(student, args)
+    optimizer = build_optimizer(student, args, amp)
     scheduler = build_scheduler(optimizer, args, args.epochs * len(train_loader))
 
     def loss_fn(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # the labels are not used
@@ -157,15 +157,15 @@ def list_data(args: Namespace) -> tuple[ImageFiles, ImageFiles]:
     return train_files.spread(args.limit), test_files.spread(args.limit)
 
 
-def load_teacher(args: Namespace) -> tuple[nn.Module, str | None, dict[str, str]]:
+def load_teacher(args: Namespace) -> tuple[nn.Module, str, dict[str, str]]:
     """The teacher, the checksum of its weights, and the SHA-256 of its file.
 
     Errors: UserError when there is no such teacher, or it has other classes.
     """
     source, files = args.teacher_weights, {}
     if source == "random":
-        return build_model(args.arch, "imagenet", args.num_classes), None, files
-    if source not in NETWORKS:
+        teacher = build_model(args.arch, "imagenet", args.num_classes)
+    elif source not in NETWORKS:
         path = local_file(source)
         teacher = load_model(path, stem="imagenet", num_classes=args.num_classes)
         files[source] = sha256(path)

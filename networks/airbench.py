@@ -6,6 +6,8 @@ pixels to 15x15, 7x7 and 3x3. airbench94 has about a quarter of a ResNet18's ari
 at test time, with which it reaches 94 %.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -55,9 +57,7 @@ class Airbench(nn.Module):
         self.whitening = nn.Conv2d(3, 24, 2)
         self.whitening.weight.requires_grad_(False)
         nn.init.zeros_(self.whitening.bias)
-        self.groups = nn.Sequential(
-            nn.GELU(), *(Group(*pair) for pair in zip((24, *widths), widths, strict=False))
-        )
+        self.groups = nn.Sequential(nn.GELU(), *(Group(*pair) for pair in pairwise((24, *widths))))
         self.pool = nn.MaxPool2d(3)
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
 
@@ -69,8 +69,9 @@ class Airbench(nn.Module):
     def whiten(self, images: Tensor) -> None:
         """Set the frozen filters from normalised training images, (N, 3, 32, 32), on the CPU.
 
-        They are the twelve eigenvectors of the covariance of all 2x2 patches, each divided by the
-        root of its eigenvalue + 5e-4, and their negatives: projections with a variance of one.
+        They are the twelve eigenvectors of the mean of x x^T over all 2x2 patches x, each divided
+        by the root of its eigenvalue + 5e-4, and their negatives: projections whose mean square is
+        one.
         """
         patches = images.unfold(2, 2, 1).unfold(3, 2, 1)  # (N, 3, 31, 31, 2, 2)
         patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)

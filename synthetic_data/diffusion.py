@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiment.device import MEMORY_FORMAT
 from experiment.errors import UserError
 from experiment.files import load
 
@@ -54,7 +55,7 @@ def build_unet(num_classes: int, channels: int = 128, layers: int = 2) -> nn.Mod
         num_class_embeds=num_classes + 1,
     )
     unet.spec = {"num_classes": num_classes, "channels": channels, "layers": layers}
-    return unet.to(memory_format=torch.channels_last)
+    return unet.to(memory_format=MEMORY_FORMAT)
 
 
 def build_schedule():
@@ -95,12 +96,13 @@ def sample(
         v = v(x, "any") + guidance_scale * (v(x, label) - v(x, "any"))
 
     At 1 this is v(x, label); the paper's w is guidance_scale - 1. The first step starts at the
-    noisiest t (Lin et al. 2024, arXiv 2305.08891: "trailing").
+    noisiest t (Lin et al. 2024, arXiv 2305.08891: "trailing"). diffusers' DDIMScheduler goes back
+    by 1000 // steps each time, which is right only if `steps` divides 1000.
     """
     shares = [*build_schedule().alphas_cumprod, torch.ones(())]  # a_t; the last, at -1: no noise
     times = [round(1000 - 1000 * i / steps) - 1 for i in range(steps + 1)]  # from 999 to -1
     any_class = torch.full_like(labels, unet.spec["num_classes"])
-    x = noise.to(memory_format=torch.channels_last)
+    x = noise.to(memory_format=MEMORY_FORMAT)
     for t, after in pairwise(times):
         if guidance_scale == 1:
             v = unet(x, t, class_labels=labels).sample.float()

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import REAL_SETS, ImageSet, check_batch_size
 from engine import TrainStep, train_one_epoch
 from experiment import flags, parallel
-from experiment.device import pick_device, seed_everything
+from experiment.device import MEMORY_FORMAT, pick_device, seed_everything
 from experiment.errors import UserError, one_line_errors
 from experiment.files import atomic_write
 from experiment.folder import parse_args as parse_run_args
@@ -89,7 +89,7 @@ def main(args: Namespace) -> None:
     size = sum(weight.numel() for weight in unet.parameters())
     print(f"{size / 1e6:.1f} million parameters, {len(train_loader)} steps an epoch", flush=True)
     noise_schedule = diffusion.build_schedule()
-    optimizer = build_optimizer(unet, args)
+    optimizer = build_optimizer(unet, args, amp)
     scheduler = build_scheduler(optimizer, args, args.epochs * len(train_loader))
     ema = EMA(unet, args.ema)
 
@@ -102,8 +102,8 @@ def main(args: Namespace) -> None:
     state = dict(model=ema.model, trained=unet, ema=ema, step=step)
     state |= dict(optimizer=optimizer, scheduler=scheduler)
     about = diffusion.describe(unet, train_set.classes)
-    must_match = {"train_images": len(train_set), "test_images": len(test_set)}
-    with Run(args, "diffusion", state, about, device, amp, must_match, plot_run, None) as run:
+    sizes = {"train_images": len(train_set), "test_images": len(test_set)}
+    with Run(args, "diffusion", state, about, device, amp, sizes, plot_run, metric=None) as run:
         for _ in run.epochs():
             train = train_one_epoch(unet, train_loader, step, scheduler, run.on_batch)
             row = {"train_loss": train["loss"]}
@@ -138,7 +138,7 @@ class MirroredLoader:
 
 
 def _scaled(images: Tensor) -> Tensor:
-    return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    return (images.float() / 127.5 - 1).contiguous(memory_format=MEMORY_FORMAT)
 
 
 @torch.inference_mode()

@@ -18,6 +18,7 @@ from augmentations import (
     resized_crop_and_jitter,
 )
 from data import CIFAR10_MEAN, CIFAR10_STD, CLASSES, DeviceLoader, ImageSet
+from experiment.device import MEMORY_FORMAT
 
 
 def made_images(n: int) -> torch.Tensor:
@@ -139,7 +140,7 @@ def test_a_loader_serves_every_kind(augment, alpha):
     assert len(one) == 3
     for (a, labels), (b, labels_again), (c, _) in zip(one, again, other, strict=True):
         assert (a.shape, a.dtype) == ((16, 3, 32, 32), torch.float32)
-        assert a.is_contiguous(memory_format=torch.channels_last)
+        assert a.is_contiguous(memory_format=MEMORY_FORMAT)
         assert torch.equal(a, b)
         assert torch.equal(labels, labels_again)
         assert not torch.equal(a, c)

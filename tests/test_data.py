@@ -30,6 +30,7 @@ from data import (
     load_image,
     normalize,
 )
+from experiment.device import MEMORY_FORMAT
 from experiment.errors import UserError
 from synthetic_data.demo_images import draw, load_demo
 from synthetic_data.download import download_cifake
@@ -262,14 +263,14 @@ def test_cifake_is_laid_out_from_the_download(cifake, tmp_path, monkeypatch):
         sys.modules, "kagglehub", SimpleNamespace(dataset_download=dataset_download)
     )
     place = tmp_path / "synthetic_data"
-    (place / "images.partial").mkdir(parents=True)  # somebody else's
-    (place / "images.partial" / "notes").write_text("mine")
+    place.mkdir()
+    (place / "notes").write_text("mine")
     download_cifake(place / "images")
     download_cifake(place / "images")  # it is there now: not fetched again
     assert asked == ["birdy654/cifake-real-and-ai-generated-synthetic-images"]
     assert torch.equal(load_cifake(place / "images").images, load_cifake(cifake).images)
-    assert (place / "images.partial" / "notes").read_text() == "mine"
-    assert sorted(path.name for path in place.iterdir()) == ["images", "images.partial"]
+    assert (place / "notes").read_text() == "mine"
+    assert sorted(path.name for path in place.iterdir()) == ["images", "notes"]
 
     (tmp_path / "disk" / "images").mkdir(parents=True)
     (place / "link").symlink_to(tmp_path / "disk" / "images")
@@ -468,7 +469,7 @@ def test_normalize_is_torchvisions():
         F.to_dtype(images, torch.float32, scale=True), data.CIFAR10_MEAN, data.CIFAR10_STD
     )
     assert torch.allclose(ours, theirs, atol=1e-5)
-    assert ours.is_contiguous(memory_format=torch.channels_last)
+    assert ours.is_contiguous(memory_format=MEMORY_FORMAT)
     assert images.dtype == torch.uint8  # and it is left alone
     known = [(0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)]  # in many papers' code
     assert np.allclose([data.CIFAR10_MEAN, data.CIFAR10_STD], known, atol=1e-4)

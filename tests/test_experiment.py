@@ -4,13 +4,15 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import as_rank, log, make_run, metrics, row, tiny_state
+from conftest import REPOSITORY, as_rank, log, make_run, metrics, row, tiny_state
 
 from experiment import flags, folder, run
 from experiment.device import pick_device, seed_everything
@@ -208,6 +210,41 @@ def test_every_part_of_a_run_tells_its_own_story(workdir):
     assert all(part["seconds"] > 0 for part in parts)
     exported = read_weights("out.pth")[1]["provenance"]["parts"]
     assert [part["from_epoch"] for part in exported] == [1, 1, 2]
+
+
+def test_a_copy_in_another_repository_has_no_commit(workdir):
+    """A ZIP file that is unpacked there: that repository's commit says nothing of it."""
+    shutil.copytree(REPOSITORY / "experiment", "theirs/experiment")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=b"]
+    for command in (["init"], ["commit", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *command], check=True, capture_output=True)
+    code = "import torch; from experiment.folder import provenance as of; "
+    code += "print(of(torch.device('cpu'), None)['git_commit'])"
+    commits = []
+    for added in (False, True):
+        if added:
+            subprocess.run(["git", "add", "theirs"], check=True)
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd="theirs", check=True, capture_output=True, text=True)
+        commits.append(done.stdout.strip())
+    assert commits[0] == "None"
+    assert re.fullmatch(r"[0-9a-f]{12}-dirty", commits[1])
+
+
+def test_a_config_that_changes_before_the_lock_is_read_again(workdir, monkeypatch):
+    """The process that stops writes its seconds last."""
+    with make_run(epochs=2) as made:
+        log(made, 40.0)
+    lock = folder.lock
+
+    def late(path: Path):
+        config = read_config(path)
+        config["parts"][0]["seconds"] = 77.0
+        folder.write_config(path, config)
+        return lock(path)
+
+    monkeypatch.setattr(folder, "lock", late)
+    assert resumed(made.folder, epochs=2).config["parts"][0]["seconds"] == 77.0
 
 
 def test_a_finished_run_that_is_resumed_gets_no_further_part(workdir, capsys):

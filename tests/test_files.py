@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,26 @@ def test_on_a_full_disk_the_network_that_was_there_stays(workdir, monkeypatch):
         save_without_overwriting(Path("student.pth"), {"a": 1})
     assert Path("student.pth").read_text() == "old"
     assert os.listdir(workdir) == ["student.pth"]
+
+
+@pytest.mark.parametrize(("platform", "tries"), [("win32", 3), ("linux", 1)])
+def test_windows_gets_time_to_close_the_old_file(platform, tries, workdir, monkeypatch):
+    """A virus scanner reads what was just written; elsewhere a refusal is one for good."""
+    replace, asked, waited = os.replace, [], []
+
+    def refuse(source, target):
+        asked.append(target)
+        if len(asked) < 3:
+            raise PermissionError(errno.EACCES, "used by another process")
+        replace(source, target)
+
+    monkeypatch.setattr(files.sys, "platform", platform)
+    monkeypatch.setattr(files.os, "replace", refuse)
+    monkeypatch.setattr(files.time, "sleep", waited.append)
+    with nullcontext() if tries == 3 else pytest.raises(UserError, match="used by another process"):
+        save(Path("last.pt"), {"a": 1})
+    assert (len(asked), waited) == (tries, [0.1, 1][: tries - 1])
+    assert os.listdir(workdir) == ["last.pt"] * (tries == 3)
 
 
 def test_a_file_has_the_permissions_of_any_other(workdir):

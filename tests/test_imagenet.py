@@ -142,7 +142,7 @@ def test_the_teacher_is_torchvision_s_or_an_untrained_network(monkeypatch):
     flags = "--teacher_weights random --arch shufflenet_v2_x1_0 --num_classes 4".split()
     teacher, teacher_sha256, files = script.load_teacher(script.parse_args(flags))
     assert teacher.spec == {"arch": "shufflenet_v2_x1_0", "stem": "imagenet", "num_classes": 4}
-    assert (sources, teacher_sha256, files) == (["imagenet"], None, {})
+    assert (sources, teacher_sha256, files) == (["imagenet"], checksum(teacher), {})
 
 
 def test_the_teacher_s_weight_file_has_a_path_or_a_url(sets, tmp_path, monkeypatch):

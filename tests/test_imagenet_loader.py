@@ -19,7 +19,7 @@ from processes import Process
 from torchvision import transforms
 from torchvision.models import ResNet18_Weights
 
-from experiment.device import seed_everything
+from experiment.device import MEMORY_FORMAT, seed_everything
 from experiment.errors import UserError
 from experiment.signals import STOP_SIGNALS
 from imagenet.index import ImageFiles, list_images
@@ -129,7 +129,7 @@ def test_training_sees_every_image_at_most_once(files):
     images, labels = batches[0]
     assert [tuple(images.shape) for images, _ in batches] == [(50, 3, SIZE, SIZE)] * 2
     assert images.dtype == torch.float32
-    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert images.is_contiguous(memory_format=MEMORY_FORMAT)
     assert labels.dtype == torch.int64
     assert torch.bincount(torch.cat([labels for _, labels in batches])).max() <= 6
 

@@ -1,5 +1,6 @@
 import functools
 import pickle
+import socket
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import ResNet18_Weights, resnet18, resnet34
 
+import data
 import models
+from data import normalize
+from experiment.device import MEMORY_FORMAT
 from experiment.errors import UserError
 from models import Ensemble, build_model, cast_weights_, init_from, load_model, to_checkpoint
 
@@ -150,8 +154,22 @@ def test_a_checkpoint_brings_its_network_back(stem, tmp_path):
     assert not again.training
     assert_same_weights(model, again)
     filters = again.layer1[0].conv1.weight  # the other layout is slower, and nothing would say so
-    assert filters.is_contiguous(memory_format=torch.channels_last)
-    assert not filters.is_contiguous()
+    assert filters.is_contiguous(memory_format=MEMORY_FORMAT)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("arch", ["resnet18", "airbench94"])
+def test_batch_norm_gets_the_layout_of_the_device(layout, arch, monkeypatch):
+    """Contiguous tensors alone on a Mac, where it would train on wrong gradients."""
+    for module in (models, data):
+        monkeypatch.setattr(module, "MEMORY_FORMAT", layout)
+    model, given = build_model(arch), []
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda _, images: given.append(images[0]))
+    model(normalize(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)))
+    assert len(given) > 5
+    assert all(images.is_contiguous(memory_format=layout) for images in given)
 
 
 def foreign_resnet18(stem: str, num_classes: int = 10) -> nn.Module:
@@ -393,6 +411,7 @@ def test_imagenet_weights_without_counters_are_taken(monkeypatch):
 
 def test_imagenet_weights_that_cannot_be_had_name_the_other_starts(monkeypatch):
     def offline(*_, **__):
+        assert socket.getdefaulttimeout() == 30  # PyTorch sets none, and would wait for ever
         raise OSError("no network")
 
     monkeypatch.setattr(ResNet18_Weights, "get_state_dict", offline)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, OneCycleLR
 
 import main_train_cifar10 as student_script
+import optimizers
 from optimizers import Muon, build_optimizer, build_scheduler, lr_factor, newton_schulz
 
 RECIPE = student_script.parse_args([])
@@ -89,7 +90,6 @@ def test_a_muon_step_is_the_published_one():
     filters, matrix, bias = torch.randn(8, 4, 3, 3), torch.randn(10, 8), torch.randn(10)
     ours = [nn.Parameter(p.clone()) for p in (filters, matrix, bias)]
     optimizer = Muon(ours, lr=0.1, momentum=0.6, weight_decay=0.01)
-    optimizer.dtype = torch.float32
     momenta = [torch.zeros_like(p) for p in ours]
     sgd = [nn.Parameter(p.clone()) for p in (matrix, bias)]
     theirs = torch.optim.SGD(
@@ -109,6 +109,15 @@ def test_a_muon_step_is_the_published_one():
         filters = filters * 8**0.5 / filters.norm() - 0.1 * update
     torch.testing.assert_close(ours[0].detach(), filters)
     torch.testing.assert_close(ours[1:], sgd)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_muon_multiplies_in_bfloat16_only_in_a_run_that_does(fast, monkeypatch):
+    """`--amp off` is float32 throughout."""
+    monkeypatch.setattr(optimizers, "has_bfloat16", lambda device: fast)
+    args, expected = recipe(optimizer="muon"), torch.bfloat16 if fast else torch.float32
+    assert build_optimizer(tiny(), args, torch.bfloat16).dtype == expected
+    assert build_optimizer(tiny(), args).dtype == torch.float32
 
 
 def gradients_of(model: nn.Module, seed: int) -> None:

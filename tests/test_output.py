@@ -72,6 +72,12 @@ def test_a_lack_of_memory_on_a_cpu_is_one_line():
     assert stop.value.code.endswith("Try a smaller --batch_size.")
 
 
+def test_a_lack_of_memory_on_windows_is_one_line():
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")
+    assert stop.value.code.endswith("allocate 9 bytes. Try a smaller --batch_size.")
+
+
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError), one_line_errors():
         1 / 0  # noqa: B018

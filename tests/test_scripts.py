@@ -30,13 +30,14 @@ from torch import Tensor
 
 import fine_tune_teacher_cifar10 as teacher_script
 import main_train_cifar10 as student_script
-from data import DeviceLoader, ImageSet, load_cifake, load_cifar10, load_noise
+from data import DeviceLoader, ImageSet, load_cifake, load_cifar10, load_image, load_noise
 from engine import TrainStep, compare, kd_loss, label_loss, predict, score
 from experiment.device import seed_everything
 from experiment.download import sha256
 from experiment.errors import UserError
+from experiment.files import save
 from experiment.folder import read_config
-from models import build_model, load_model, read_weights
+from models import build_model, load_model, read_weights, to_checkpoint
 from plots import MARK
 from synthetic_data.demo_images import load_demo
 from synthetic_data.shifts import with_shifted_copies
@@ -255,16 +256,18 @@ def test_a_teacher_is_what_its_file_says(workdir, demo_teacher, capsys):
 
 @pytest.mark.slow
 def test_an_untrained_teacher_is_a_control(workdir):
-    taught = []
+    taught, checksums = [], []
     for seed in (0, 1):
         run_student("--teacher_weights", "random", "--seed", seed, "--run_dir", f"run-{seed}")
         table = np.genfromtxt(f"run-{seed}/predictions.csv", delimiter=",", names=True)
         config = read_config(Path(f"run-{seed}"))
-        assert (config["teacher_sha256"], config["teacher_files"]) == (None, {})
+        assert config["teacher_files"] == {}
+        checksums.append(config["teacher_sha256"])
         accuracy = 100 * (table["teacher_prediction"] == table["label"]).mean()
         assert config["teacher_accuracy"] == pytest.approx(accuracy)
         taught.append(table["teacher_prediction"])
     assert not np.array_equal(*taught)
+    assert checksums[0] != checksums[1]  # as these are two, a resumed run is checked for its own
 
 
 @pytest.mark.slow
@@ -292,6 +295,36 @@ def test_several_teachers_are_one(workdir, demo_teacher, monkeypatch):
         resume(student_script, "stopped", "--teacher_weights", "other.pth")
     resume(student_script, "stopped")
     assert_equal_weights("stopped.pth", "both.pth")
+
+
+def test_a_run_is_not_resumed_with_other_images(workdir, demo_teacher, cifake, cifar10_binary):
+    """As many, of which one pixel differs."""
+    shutil.copytree(cifake, "images")
+    flags = ["--data_dir", cifar10_binary, "--synthetic_data_dir", "images", *SMALL_NETWORK]
+    flags += ["--teacher_weights", "random", "--epochs", 1, "--batch_size", 8, "--device", "cpu"]
+    argv = [*map(str, flags), "--limit", "16", "--run_dir", "run", "--output", "out.pth"]
+    student_script.main(student_script.parse_args(argv))
+    shutil.move("images", "moved")
+    resume(student_script, "run", "--synthetic_data_dir", "moved")
+    first = min(Path("moved").glob("*.jpg"))
+    pixels = load_image(first)
+    pixels[0, 0, 0] ^= 128
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(first.with_suffix(".png"))
+    first.unlink()
+    with pytest.raises(UserError, match="cannot be resumed with other files: train_sha256 was"):
+        resume(student_script, "run", "--synthetic_data_dir", "moved")
+
+
+def test_before_its_first_epoch_a_teacher_resumes_from_the_same_start(workdir, monkeypatch):
+    save(Path("start.pth"), to_checkpoint(build_model("wrn_16_1"), tuple("abcdefghij")))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, teacher_script, 0)
+        run_teacher("--init", "start.pth", "--run_dir", "run", "--output", "out.pth")
+    with pytest.raises(SystemExit):
+        resume(teacher_script, "run", "--init", "random")
+    save(Path("start.pth"), to_checkpoint(build_model("wrn_16_1"), tuple("abcdefghij")))
+    with pytest.raises(UserError, match="cannot be resumed with other files: init_sha256 was"):
+        resume(teacher_script, "run")
 
 
 def test_a_teacher_of_other_classes_is_refused(workdir, demo_teacher, cifake, cifar10_binary):
