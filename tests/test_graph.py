@@ -34,14 +34,15 @@ def made(
     amp: torch.dtype | None = torch.bfloat16,
     graph: bool = True,
     decay: float = 0.0,
+    lr: float = LR,
 ) -> Namespace:
     """A student, its frozen teacher, and the step of main_train_cifar10.py."""
     torch.manual_seed(0)
     student = build_model(arch, "imagenet").to(DEVICE).train()
     teacher = build_model("resnet18", "imagenet").to(DEVICE).eval().requires_grad_(False)
     cast_weights_(teacher, amp)
-    args = student_script.parse_args(["--optimizer", optimizer, "--lr", str(LR)])
-    rule, ema = build_optimizer(student, args), EMA(student, decay)
+    args = student_script.parse_args(["--optimizer", optimizer, "--lr", str(lr)])
+    rule, ema = build_optimizer(student, args, amp), EMA(student, decay)
 
     def loss_fn(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.inference_mode():
@@ -162,15 +163,15 @@ def test_every_replay_draws_its_own_dropout():
 def test_a_graph_trains_as_ordinary_steps_do(optimizer):
     """Through `train_one_epoch`, with a rate that changes in every step.
 
-    What rounding makes of that is less than a hundredth of the way that each tensor goes.
+    What rounding makes of that is less than a hundredth of the way that each tensor goes: at this
+    rate a seventh of that, if all gradients are off by 1e-7. A rate frozen in the graph makes a
+    tenth of the way.
     """
     images = torch.randint(0, 256, (32 * STEPS, 3, 32, 32), dtype=torch.uint8)
     data = ImageSet(images, torch.arange(len(images)) % 10, tuple("abcdefghij"))
     ends, rows = {}, {}
     for graph in (False, True):
-        it = made(optimizer, amp=None, graph=graph, decay=0.9)
-        if optimizer == "muon":
-            it.rule.dtype = torch.float32  # bfloat16 makes much of little differences
+        it = made(optimizer, amp=None, graph=graph, decay=0.9, lr=1e-4)
         start = [clones(it.student), clones(it.ema.model)]
         it.args.scheduler = "cosine"
         scheduler = build_scheduler(it.rule, it.args, 2 * STEPS)
@@ -187,7 +188,7 @@ def test_a_graph_trains_as_ordinary_steps_do(optimizer):
     for begun, ended, other in zip(start, ends[False], ends[True], strict=True):
         for key in begun:
             went, apart = ended[key] - begun[key], ended[key] - other[key]
-            assert apart.float().norm() < 0.01 * went.float().norm(), key
+            assert apart.float().norm() <= 0.01 * went.float().norm(), key  # 0 <= 0: a counter
 
 
 def test_float16_trains_on_cuda_without_a_graph():
