@@ -5,8 +5,8 @@
 #
 # TEACHER is a weight file. The students are those of scripts/cpu.sh; on a GPU, use EPOCHS=50
 # RECIPE="--stem cifar" for the default recipe. DMKD_DATA is the folder of both data sets. Runs and
-# table go to runs/controls$TAG/. Give every other recipe a TAG, such as _gpu. Finished runs are
-# skipped, stopped ones are resumed.
+# table go to runs/controls$TAG/. Give every other recipe or teacher a TAG, such as _gpu.
+# Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift

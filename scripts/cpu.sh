@@ -6,7 +6,7 @@
 # Needs CIFAR-10 and CIFAKE (README, "Install"), 2 GB of memory, and one to two hours. Each run
 # prints a forecast of its time after the first steps. DMKD_DATA=FOLDER names a folder with both data
 # sets; the default is where the scripts expect them. Runs, plots, networks and table go to
-# runs/cpu$TAG/: with TAG=_off RECIPE="--amp off", a float32 pair in runs/cpu_off/. Finished runs are
+# runs/cpu$TAG/: TAG=_off MORE="--amp off" adds this flag to both, in runs/cpu_off/. Finished runs are
 # skipped, stopped ones are resumed.
 set -euo pipefail
 source "$(dirname "$0")/once.sh"
@@ -25,11 +25,11 @@ cores=$(getconf _NPROCESSORS_ONLN)
 [ "$cores" -ge 2 ] || echo "note: there is one core; two halve the time"
 
 # shellcheck disable=SC2086,SC2206
-recipe=($fast_student --epochs 24 "${both[@]}" ${RECIPE:-})
+recipe=($fast_student --epochs 24 "${both[@]}" ${MORE:-})
 # shellcheck disable=SC2086
 for seed in ${*:-0}; do
     once "$runs/teacher-$seed" fine_tune_teacher_cifar10.py --init random --seed "$seed" \
-        $fast_teacher --epochs 10 "${data[@]}" ${RECIPE:-}
+        $fast_teacher --epochs 10 "${data[@]}" ${MORE:-}
     student student --teacher_weights "$runs/teacher-$seed.pth"
 done
 summary

@@ -19,6 +19,8 @@ fi
 installed=$environment/installed-$(cat requirements*.txt "$requirements" | cksum | tr ' ' -)
 if [ ! -e "$installed" ]; then
     echo "installing $requirements into $environment (several GB, some minutes) ..."
+    "$environment/bin/python" -m pip --version > /dev/null 2>&1 || # uv's environments have none
+        "$environment/bin/python" -m ensurepip > /dev/null
     "$environment/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
     touch "$installed"
 fi

@@ -17,44 +17,42 @@ source "$(dirname "$0")/environment.sh" requirements-generate.txt
 if [ "$*" = toy ]; then
     top=runs/fidelity-toy
     guidance=${GUIDANCE:-1 2} steps=${STEPS:-2} seeds=${SEEDS:-0} counts=${COUNTS:-20 40}
-    per_class=4 larger=8 larger_steps=2
+    per_class=4 larger=8 larger_steps=2 fewest=20
     generator="--epochs 1 --channels 8 --layers 1 --batch_size 50 --limit 100 --device cpu"
     sampler="--device cpu"
     expert="--epochs 1 --limit 100 --batch_size 50 --init random --stem imagenet --device cpu"
     beginner=$expert
-    student="--epochs 2 --limit 100 --batch_size 20 --stem imagenet --device cpu"
+    pupil="--epochs 2 --limit 100 --batch_size 20 --stem imagenet --device cpu"
     updates=4 batch=20
     measure="--limit 100 --neighbours 24 --device cpu"
 else
     top=runs/fidelity
     guidance=${GUIDANCE:-1 1.5 2 3 4 6} steps=${STEPS:-10 50 100} seeds=${SEEDS:-0 1 2}
     counts=${COUNTS:-10000 50000 200000 500000}
-    per_class=5000 larger=50000 larger_steps=50
+    per_class=5000 larger=50000 larger_steps=50 fewest=10000
     generator="--epochs 100"
     sampler="--batch_size 1000"
     sgd="--optimizer sgd --nesterov --lr 0.1 --weight_decay 5e-4 --scheduler onecycle"
     expert="--init random $sgd --epochs 50"
     beginner="--init random $sgd --epochs 2"
-    student="--epochs 50"
+    pupil="--epochs 50"
     updates=19500 batch=128
     measure=""
 fi
 for count in $counts; do
-    [ "$count" -ge $batch ] || { echo "error: COUNTS: $count images are less than a batch of $batch" >&2 && exit 2; }
+    [ "$count" -ge $fewest ] && [ "$count" -le $((10 * larger)) ] || # --limit cuts the test set, too
+        usage_error "COUNTS: $count is not from $fewest to $((10 * larger))"
 done
 
 images() { # images NAME FLAGS...: a set of the generator, and its measures
     python synthetic_data/generate.py --pipeline local --model $top/generator.pth $sampler \
         --output "$top/images/$1" "${@:2}"
-    measures "$1" "$top/images/$1/images"
-}
-measures() { # measures NAME FOLDER
-    measured "$top/measures/$1" "$2" "$top/expert.pth" $measure
+    measured "$top/measures/$1" "$top/images/$1/images" "$top/expert.pth" $measure
 }
 students() { # students NAME FOLDER TEACHER: one per seed
     for seed in $seeds; do
         once "$top/students/$1/$3-$seed" main_train_cifar10.py --synthetic_data_dir "$2" "${data[@]}" \
-            --teacher_weights $top/$3.pth --seed "$seed" $student
+            --teacher_weights $top/$3.pth --seed "$seed" $pupil
     done
 }
 
@@ -71,7 +69,7 @@ for g in $guidance; do
     done
 done
 if [ -d "$cifake" ]; then
-    measures cifake "$cifake"
+    measured "$top/measures/cifake" "$cifake" "$top/expert.pth" $measure
     students cifake "$cifake" expert
 fi
 
@@ -88,7 +86,7 @@ for count in $counts; do
     for seed in $seeds; do
         once "$top/counts/$count-$seed" main_train_cifar10.py "${data[@]}" \
             --synthetic_data_dir $top/images/more/images --teacher_weights $top/expert.pth \
-            --seed "$seed" $student --epochs $epochs --limit "$count"
+            --seed "$seed" $pupil --epochs $epochs --limit "$count"
     done
 done
 

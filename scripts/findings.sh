@@ -32,6 +32,7 @@ on_variant() { # on_variant NAME FLAGS...: on a folder that variants.py made
 
 others=
 other_teacher() { # other_teacher NAME FLAGS...: and the entropy of its outputs for CIFAKE
+    wanted "of_teacher_$1" || return 0
     others+=" $1"
     # shellcheck disable=SC2086
     once "$runs/teacher_$1-0" fine_tune_teacher_cifar10.py --init random "${data[@]}" $fast_teacher \

@@ -14,17 +14,21 @@ fast="--arch airbench94 $muon" fast_student="--arch airbench94 $muon_student"
 # shellcheck disable=SC2034
 fast_teacher="$fast --batch_size 1000 --lr 0.24"
 
-# experiment NAME [SEED ...]: its runs and their table go to runs/NAME$TAG/. Checks the seeds, and then
-# makes the environment.
+# usage_error MESSAGE
+usage_error() {
+    echo "error: $1; the first lines of $0 say how to use it" >&2
+    exit 2
+}
+
+# experiment NAME [SEED ...]: its runs and their table go to runs/NAME$TAG/. Checks the arguments, and
+# then makes the environment.
 experiment() {
     runs=runs/$1${TAG:-}
     local seed
     for seed in "${@:2}"; do
-        [[ $seed =~ ^[0-9]+$ ]] || {
-            echo "error: '$seed' is not a seed; the first lines of $0 say how to use it" >&2
-            exit 2
-        }
+        [[ $seed =~ ^[0-9]+$ ]] || usage_error "'$seed' is not a seed"
     done
+    [[ ${teacher:-} != -* ]] || usage_error "'$teacher' is no weight file"
     source "$(dirname "$0")/environment.sh" requirements.txt
 }
 
@@ -36,7 +40,7 @@ once() {
         echo "== $run: finished before"
     elif [ -e "$run/config.json" ]; then
         echo "== $run: resumed"
-        python "$script" --resume "$run"
+        python "$script" --resume "$run" "$@" # refuses other flags than those it was started with
     else
         echo "== $run"
         python "$script" --run_dir "$run" --output "$run.pth" "$@"

@@ -3,20 +3,20 @@
 #
 #     bash scripts/pairs.sh [SEED ...]
 #
-# TEACHER and STUDENT are the flags of every teacher and of every student. Their defaults are for a
+# TEACHER_FLAGS and STUDENT_FLAGS are those of every teacher and of every student. Their defaults are for a
 # GPU. Each teacher is trained once, with seed 0. Runs and table go to runs/pairs$TAG/. Finished runs
 # are skipped, stopped ones are resumed.
 set -euo pipefail
 source "$(dirname "$0")/once.sh"
 experiment pairs "$@"
-teacher=${TEACHER:---epochs 200 --optimizer sgd --nesterov --lr 0.1 --weight_decay 5e-4 --scheduler cosine}
+teacher_flags=${TEACHER_FLAGS:---epochs 200 --optimizer sgd --nesterov --lr 0.1 --weight_decay 5e-4 --scheduler cosine}
 # shellcheck disable=SC2206
-recipe=("${both[@]}" ${STUDENT:---epochs 400 --scheduler cosine --mixup 1 --augment rrc_jitter})
+recipe=("${both[@]}" ${STUDENT_FLAGS:---epochs 400 --scheduler cosine --mixup 1 --augment rrc_jitter})
 
 pair() { # pair TEACHER STUDENT
     # shellcheck disable=SC2086
     once "$runs/$1-0" fine_tune_teacher_cifar10.py --arch "$1" --init random \
-        "${data[@]}" $teacher
+        "${data[@]}" $teacher_flags
     student "$1_to_$2" --arch "$2" --teacher_weights "$runs/$1-0.pth"
 }
 

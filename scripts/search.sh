@@ -6,9 +6,10 @@
 # The choice is made by val_agreement: agreement with the teacher on 2,000 held-out synthetic images
 # and on five shifted copies of each (brighter, less saturated, blurred, JPEG, sharper). The test
 # accuracy is also in summary.csv and decides nothing. The last settings are for other searches:
-# augmentations in longer runs, and optimizers for a ResNet18. EPOCHS, IMAGES and SETTINGS (names from
-# below) shorten or lengthen the search. DMKD_DATA is the folder of both data sets. Runs and table go to
-# runs/search$TAG/. Finished runs are skipped, stopped ones are resumed.
+# augmentations in longer runs, and optimizers for a ResNet18. EPOCHS, IMAGES (also of the
+# test set, if they are fewer) and SETTINGS (names from below) shorten or lengthen the search. DMKD_DATA
+# is the folder of both data sets. Runs and table go to runs/search$TAG/. Give every other teacher or
+# length a TAG. Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
 shift

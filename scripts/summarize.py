@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiment import flags
 from experiment.errors import UserError, one_line_errors
 from experiment.files import atomic_write
+from experiment.folder import MAY_CHANGE_ON_RESUME
 from plots import read_metrics, write_csv
 
 KEPT = ("config.json", "metrics.csv", "per_class.csv")
@@ -87,9 +88,16 @@ def read_config(folder: Path) -> dict:
 
 
 def summary(setting: str, runs: list[dict]) -> dict[str, str | int]:
-    """The row of a setting, from the configuration and the metrics of its runs."""
+    """The row of a setting, from the configuration and the metrics of its runs.
+
+    Prints a note if their recipes differ.
+    """
     tables, configs = [run["metrics"] for run in runs], [run["config"] for run in runs]
     last = [table["test_accuracy"][-1] for table in tables]
+    for flag, value in configs[0]["args"].items():
+        may_differ = flag in ("seed", "run_dir", *MAY_CHANGE_ON_RESUME)
+        if not may_differ and any(config["args"].get(flag, value) != value for config in configs):
+            print(f"note: the runs of {setting} differ in --{flag}")
     parts = [part for config in configs for part in config["parts"]]
     teachers = [config.get("teacher_accuracy") for config in configs]
     return {

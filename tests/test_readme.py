@@ -173,7 +173,18 @@ def test_settings_leave_the_other_students_out(workdir, monkeypatch):
     started = started_by(workdir, "findings.sh", "teacher.pth", "0")
     students = [re.search(r"runs/\w+/(\w+)-0 ", line)[1] for line in started if "main_" in line]
     assert students == ["cifake", "agreed", "epochs_16"]
+    assert not any("fine_tune" in line for line in started)  # no teacher that has no student
     assert sum("variants.py" in line for line in started) == 1
+
+
+def test_a_stopped_run_is_resumed_with_the_flags_of_its_script(workdir):
+    """Which are refused, if they are not those it was started with."""
+    Path("runs/controls/cifake-0").mkdir(parents=True)
+    Path("runs/controls/cifake-0/config.json").touch()
+    first, second, *_ = started_by(workdir, "controls.sh", "teacher.pth", "0")
+    resumed = "main_train_cifar10.py --resume runs/controls/cifake-0 --seed 0 --epochs 8 "
+    assert first.startswith(resumed)
+    assert second.startswith("main_train_cifar10.py --run_dir runs/controls/hard_labels-0 ")
 
 
 SEEDED = [command for command in EXPERIMENTS if command.endswith(" 0")]
@@ -184,8 +195,8 @@ def test_what_is_no_seed_is_refused_before_anything_is_installed(command, workdi
     script, *argv = command.split()
     path = str(REPOSITORY / "scripts" / script)
     environment = {"PATH": os.environ["PATH"], "VIRTUAL_ENV": str(workdir), "PYTHON": "false"}
-    for wrong in ("--help", "-1", "0.5"):
-        given = ["bash", path, *argv[:-1], wrong]
+    for wrong in (["--help"], [*argv[:-1], "-1"], [*argv[:-1], "0.5"]):
+        given = ["bash", path, *wrong]
         done = subprocess.run(given, env=environment, capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith("error: ")
@@ -205,6 +216,14 @@ def test_the_cpu_recipe_is_the_one_of_its_script(workdir):
             paths = {"output", "run_dir", "teacher_weights", "data_dir", "synthetic_data_dir"}
             names = given.keys() - paths
             assert {n: given[n] for n in names} == {n: expected[n] for n in names}, line
+
+
+@pytest.mark.parametrize("counts", ["20 9", "81"])
+def test_counts_of_images_that_cannot_be_compared_are_refused(counts, workdir, monkeypatch):
+    """Fewer would shorten the test set, too; more than are made would be the same again."""
+    monkeypatch.setenv("COUNTS", counts)
+    with pytest.raises(AssertionError, match=f"COUNTS: {counts.split()[-1]} is not from 20 to 80"):
+        started_by(workdir, "fidelity.sh", "toy")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)

@@ -50,6 +50,19 @@ def test_runs_that_are_elsewhere_are_copied_and_a_copy_counts_once(workdir):
     assert (row["n"], row["last_std"]) == ("1", "")
 
 
+def test_seeds_of_different_recipes_are_noted(workdir, capsys):
+    for name, recipe in (("a-0", {}), ("a-1", {"seed": 1, "data_dir": "b"}), ("b-0", {"lr": 1})):
+        made_run(f"runs/{name}", 70)
+        config = json.loads(Path("runs", name, "config.json").read_text())
+        config["args"] |= {"seed": 0, "lr": 0.1, "data_dir": "a"} | recipe
+        Path("runs", name, "config.json").write_text(json.dumps(config))
+    summary("runs", "runs/a-0", "runs/a-1", "runs/b-0")
+    assert "note" not in capsys.readouterr().out
+    Path("runs/b-0").rename("runs/a-2")
+    summary("runs", "runs/a-0", "runs/a-1", "runs/a-2")
+    assert capsys.readouterr().out.startswith("note: the runs of a differ in --lr\n")
+
+
 def test_two_runs_of_one_name_are_refused(workdir):
     made_run("runs/kd-0", 70)
     made_run("others/kd-0", 71, seconds=80)
