@@ -170,7 +170,7 @@ def read_classes(label_file: str | Path, num_classes: int) -> tuple[str, ...]:
     have the same name: ImageNet has two cranes. Errors: UserError.
     """
     try:
-        text = Path(label_file).read_text(encoding="utf-8").strip()
+        text = Path(label_file).read_text(encoding="utf-8-sig").strip()
         if text.startswith("{"):
             table = ast.literal_eval(text)
             names = [str(table[i]) for i in range(len(table))]
@@ -180,7 +180,7 @@ def read_classes(label_file: str | Path, num_classes: int) -> tuple[str, ...]:
         raise UserError(f"{label_file} is not a list of classes") from error
     if len(names) != num_classes:
         raise UserError(f"{label_file} lists {len(names)} classes and not {num_classes}")
-    ids = [name.split(" ")[0] for name in names]
+    ids = [re.split(r"\s", name)[0] for name in names]
     if not are_wordnet_ids(ids):
         return tuple(names)
     if ids != sorted(set(ids)):

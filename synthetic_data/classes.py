@@ -38,7 +38,7 @@ def load_classes(source: str) -> list[Category]:
         return [Category(n, f"{i:03d}_{n}", (_ask(n),), (i,)) for i, n in enumerate(names)]
     path = FILES.get(source, Path(source))
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
     except FileNotFoundError as error:
         raise UserError(
             f"--classes {source} is none of cifar10, cifar100, imagenet, nor is there such a file"

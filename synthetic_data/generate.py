@@ -42,7 +42,7 @@ from experiment.folder import provenance
 from experiment.signals import StopSignals
 from synthetic_data import diffusion
 from synthetic_data.classes import Category, load_classes, named
-from synthetic_data.image_set import (
+from synthetic_data.generated_set import (
     Plan,
     add_part,
     claim,
@@ -117,9 +117,11 @@ def main(args: Namespace) -> None:
     categories, checksums = load_categories(args, model)
     plan, images = Plan(categories, args, model), args.output / "images"
     part = provenance(device, None if dtype == torch.float32 else dtype)
+    load, draw = (local if args.pipeline == "local" else from_hub), None
     if args.overwrite:
         if world_size > 1:
             raise UserError(f"--overwrite is for one process: delete {args.output} yourself")
+        draw = load(plan, device, dtype)  # it may fail: before the old set is deleted
         discard(args.output)
     claim(args, {"model": model, "dtype": part["precision"], **checksums}, part)
 
@@ -137,8 +139,7 @@ def main(args: Namespace) -> None:
         if done and rank == 0 and any(map(is_left, batches)):
             add_part(args.output, part)
         if todo:
-            pipeline = local if args.pipeline == "local" else from_hub
-            make(plan, todo, pipeline(plan, device, dtype), rank)
+            make(plan, todo, draw or load(plan, device, dtype), rank)
         if existing(images).issuperset(map(plan.file, range(len(plan)))):  # the last process
             finish(plan)
 

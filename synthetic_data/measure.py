@@ -38,7 +38,7 @@ from torchvision.utils import save_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import TEST_BATCH_SIZE, DeviceLoader, ImageSet, load_cifake, load_cifar10
+from data import CLASSES, TEST_BATCH_SIZE, DeviceLoader, ImageSet, load_cifake, load_cifar10
 from engine import predict
 from experiment import flags
 from experiment.device import pick_device
@@ -76,7 +76,7 @@ def main(args: Namespace) -> None:
             raise UserError(f"{args.output / name} exists: name another --output, or delete it")
     device = pick_device(args.device, "off")[0]
     torch.set_float32_matmul_precision("highest")  # distances of near copies are small differences
-    teacher = load_model(args.teacher_weights, num_classes=10).to(device)
+    teacher = load_model(args.teacher_weights, num_classes=10, classes=list(CLASSES)).to(device)
     made = load_cifake(args.images, args.limit)
     train_set, test_set = (
         load_cifar10(args.data_dir, train=train).first(args.limit) for train in (True, False)

@@ -41,7 +41,8 @@ class Process:
     def returncode(self) -> int | None:
         return self.process.exitcode
 
-    poll = returncode.fget
+    def poll(self) -> int | None:
+        return self.returncode
 
     def said(self) -> str:
         return self.out.read_text() if self.out.exists() else ""

@@ -23,9 +23,9 @@ from experiment.device import hardware
 from experiment.files import save
 from experiment.folder import FORMAT
 from models import build_model, load_model, to_checkpoint
-from synthetic_data import diffusion, generate, image_set
+from synthetic_data import diffusion, generate, generated_set
 from synthetic_data.classes import load_classes, named
-from synthetic_data.image_set import Plan
+from synthetic_data.generated_set import Plan
 
 QUICK = "--per_class 3 --steps 2 --device cpu".split()
 PIPELINES = ("local", "dit", "stable-diffusion")
@@ -461,6 +461,14 @@ def test_overwriting_is_not_for_many(workdir, models, monkeypatch, capsys):
     assert text == "error: --overwrite is for one process: delete set yourself"
 
 
+def test_a_set_is_overwritten_only_by_a_model_that_can_be_loaded(workdir, models, capsys):
+    run(models, "local_two", "set")
+    before = images("set")
+    argv = command(models, "dit", "set", "--model", "no/such-model", "--overwrite")
+    assert fails(generate, argv, capsys)[0] == 1
+    assert images("set") == before
+
+
 def test_a_full_disk(workdir, models, monkeypatch, capsys):
     move, moved = os.replace, []
 
@@ -471,12 +479,12 @@ def test_a_full_disk(workdir, models, monkeypatch, capsys):
             moved.append(target)
         move(source, target)
 
-    monkeypatch.setattr(image_set.os, "replace", full)
+    monkeypatch.setattr(generated_set.os, "replace", full)
     code, text = fails(generate, command(models, "local_two", "set"), capsys)
     assert code == 1
     assert "cannot be written: No space left on device; the images before it stay" in text
     assert len(images("set")) == 5
-    assert not list(Path("set").glob(".partial*"))
+    assert not list(Path("set").glob(".*.tmp"))
 
 
 @pytest.mark.parametrize(("size", "advice"), [(64, "--batch_size 32"), (1, "--dtype bf16")])

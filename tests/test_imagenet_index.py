@@ -62,6 +62,14 @@ def test_dmkd_files_are_classes_by_number(tmp_path):
         assert name.decode().startswith(f"class_{label}_")
 
 
+def test_a_label_file_of_windows_or_of_the_devkit(tmp_path):
+    """It begins with a mark of its encoding; the id ends with a tab."""
+    (tmp_path / "a.txt").write_text("tench\ngoldfish\n", encoding="utf-8-sig")
+    assert read_classes(tmp_path / "a.txt", 2) == ("tench", "goldfish")
+    (tmp_path / "b.txt").write_text("n01440764\ttench\nn01443537\tgoldfish\n")
+    assert read_classes(tmp_path / "b.txt", 2) == ("n01440764", "n01443537")
+
+
 def test_any_name_of_a_class_folder_stays_as_it_is(tmp_path):
     names = ["drake, male", "line\nbreak", '"quoted"', "naïve"]
     files = list_images(touch(tmp_path, *(f"{name}/a, b.jpg" for name in names)), 4)

@@ -98,3 +98,11 @@ def test_no_file_is_written_over(argv, workdir, capsys):
         Path("out", name).unlink()
     assert "theirs.json" in fails(measure, [*argv, "--output", "theirs.json"], capsys)[1]
     assert Path("theirs.json").read_text() == "precious"
+
+
+def test_a_teacher_of_other_classes_is_refused(argv, capsys):
+    """Such as that of --demo, whose accuracy on these images would mean nothing."""
+    save(Path("teacher.pth"), to_checkpoint(build_model("wrn_16_1"), tuple("abcdefghij")))
+    code, text = fails(measure, argv, capsys)
+    assert (code, "expected classes ['airplane'" in text) == (1, True)
+    assert not Path("out").exists()

