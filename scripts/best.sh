@@ -4,8 +4,9 @@
 #     bash scripts/best.sh [SEED ...]
 #
 # The defaults are for a GPU. TEACHER_EPOCHS and EPOCHS shorten it. TEACHER names a weight file; no
-# teacher is trained then. MORE adds flags to the student. Runs and table go to runs/best$TAG/. Give every
-# other recipe or teacher a TAG, such as _gpu. Finished runs are skipped, stopped ones are resumed.
+# teacher is trained then. MORE adds flags to the student. Runs and table go to runs/best$TAG/. Give
+# every other recipe or teacher a TAG, such as _gpu. Finished runs are skipped, stopped ones are
+# resumed.
 set -euo pipefail
 source "$(dirname "$0")/once.sh"
 experiment best "$@"

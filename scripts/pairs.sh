@@ -3,9 +3,9 @@
 #
 #     bash scripts/pairs.sh [SEED ...]
 #
-# TEACHER_FLAGS and STUDENT_FLAGS are those of every teacher and of every student. Their defaults are for a
-# GPU. Each teacher is trained once, with seed 0. Runs and table go to runs/pairs$TAG/. Finished runs
-# are skipped, stopped ones are resumed.
+# TEACHER_FLAGS and STUDENT_FLAGS are those of every teacher and of every student. Their defaults are
+# for a GPU. Each teacher is trained once, with seed 0. Runs and table go to runs/pairs$TAG/. Finished
+# runs are skipped, stopped ones are resumed.
 set -euo pipefail
 source "$(dirname "$0")/once.sh"
 experiment pairs "$@"

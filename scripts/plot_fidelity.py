@@ -32,6 +32,22 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     return parser.parse_args(argv)
 
 
+def main(args: Namespace) -> None:
+    top, output = args.runs, args.output
+    students, counts = read_students(top), read_counts(top)
+    if not students:
+        raise UserError(f"no student in {top} is finished yet")
+    output.mkdir(parents=True, exist_ok=True)
+    groups = over_seeds(students, "images", "teacher")
+    write_csv(output / "fidelity.csv", students[0], map(dict.values, students))
+    with atomic_write(output / "table.md") as file:
+        file.write(table(groups).encode())
+    if counts:
+        write_csv(output / "counts.csv", counts[0], map(dict.values, counts))
+    draw(groups, over_seeds(counts, "images"), output / "fidelity.png")
+    print(table(groups))
+
+
 def last_accuracy(folder: Path) -> float:
     return read_metrics(folder)["test_accuracy"][-1]
 
@@ -128,22 +144,6 @@ def draw(students: list[tuple[dict, float, float]], counts: list, path: Path) ->
 def curve(axes: Axes, groups: list[tuple[dict, float, float]], key: str, label: str) -> None:
     points = sorted((row[key], mean, spread) for row, mean, spread in groups)
     axes.errorbar(*zip(*points, strict=True), fmt="o-", capsize=3, label=label)
-
-
-def main(args: Namespace) -> None:
-    top, output = args.runs, args.output
-    students, counts = read_students(top), read_counts(top)
-    if not students:
-        raise UserError(f"no student in {top} is finished yet")
-    output.mkdir(parents=True, exist_ok=True)
-    groups = over_seeds(students, "images", "teacher")
-    write_csv(output / "fidelity.csv", students[0], map(dict.values, students))
-    with atomic_write(output / "table.md") as file:
-        file.write(table(groups).encode())
-    if counts:
-        write_csv(output / "counts.csv", counts[0], map(dict.values, counts))
-    draw(groups, over_seeds(counts, "images"), output / "fidelity.png")
-    print(table(groups))
 
 
 if __name__ == "__main__":
