@@ -48,7 +48,9 @@ once() {
 }
 
 # wanted NAME: whether SETTINGS names this student, or is not given.
+known=
 wanted() {
+    known+=" $1"
     case " ${SETTINGS:-$1} " in *" $1 "*) ;; *) return 1 ;; esac
 }
 
@@ -69,6 +71,10 @@ measured() {
 
 # summary [RUN ...]: the table of these runs, or of all runs of the experiment.
 summary() {
+    local name
+    for name in ${SETTINGS:-}; do
+        [[ "$known " == *" $name "* ]] || usage_error "SETTINGS: there is no $name"
+    done
     [ $# -gt 0 ] || set -- "$runs"/*/
     python scripts/summarize.py "$runs" "$@"
 }

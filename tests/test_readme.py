@@ -177,6 +177,13 @@ def test_settings_leave_the_other_students_out(workdir, monkeypatch):
     assert sum("variants.py" in line for line in started) == 1
 
 
+def test_a_setting_that_is_misspelt_is_named(workdir, monkeypatch):
+    monkeypatch.setenv("SETTINGS", "noise riel")
+    with pytest.raises(AssertionError, match="error: SETTINGS: there is no riel; the first lines"):
+        started_by(workdir, "controls.sh", "teacher.pth", "0")
+    assert "noise-0" in (workdir / "log").read_text()  # what is known was trained
+
+
 def test_a_stopped_run_is_resumed_with_the_flags_of_its_script(workdir):
     """Which are refused, if they are not those it was started with."""
     Path("runs/controls/cifake-0").mkdir(parents=True)
