@@ -201,7 +201,7 @@ class Run:
             else:
                 print("note: all its epochs are done; only the end is done again")
             if self.history:
-                folder.write_metrics(self.folder, self.history)
+                self._write_metrics()
             self._write_config()
 
     def _load(self, saved: dict) -> None:
@@ -243,7 +243,7 @@ class Run:
             save(self.folder / name, to_cpu(self.pending[name]))
             del self.pending[name]  # after `save`: a signal may come in between
             if name == "last.pt":
-                folder.write_metrics(self.folder, self.history)
+                self._write_metrics()
                 self._write_config()
         self.saved_at = time.monotonic()
         try:
@@ -251,6 +251,15 @@ class Run:
                 self.on_save(self.folder)
         except Exception as error:  # the training is worth more than its plots
             print(f"note: no plots were drawn: {error}", flush=True)
+
+    def _write_metrics(self) -> None:
+        try:
+            folder.write_metrics(self.folder, self.history)
+        except UserError as error:
+            if not isinstance(error.__cause__, PermissionError):
+                raise
+            # Windows, and it is open in Excel: the next save writes it, or --resume
+            print(f"note: {error}", flush=True)
 
     def _export(self) -> Path | None:
         """Write the network to --output; returns the new name of an older file there, if any."""

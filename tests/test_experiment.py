@@ -1,5 +1,6 @@
 """A run and its folder: what is written, restored, refused, and kept when something goes wrong."""
 
+import errno
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, as_rank, log, make_run, metrics, row, tiny_state
 
-from experiment import flags, folder, run
+from experiment import files, flags, folder, run
 from experiment.device import pick_device, seed_everything
 from experiment.errors import Stopped, UserError, one_line_errors
 from experiment.files import load, save
@@ -364,6 +365,26 @@ def test_a_full_disk_is_one_line_and_spares_the_last_checkpoint(workdir, every_e
         assert not list(made.folder.glob("*.tmp"))
     # by the end of the block there is room again
     assert read_weights(made.folder / "last.pt")[1]["provenance"]["epoch"] == 2
+
+
+def test_a_table_that_is_open_in_excel_is_no_reason_to_stop(
+    workdir, every_epoch, monkeypatch, capsys
+):
+    replace, opened = os.replace, [True]
+
+    def refuse(source, target):
+        if opened and Path(target).name == "metrics.csv":
+            raise PermissionError(errno.EACCES, "used by another process")
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", refuse)
+    with make_run(epochs=2) as made:
+        log(made, 40.0)
+        assert not (made.folder / "metrics.csv").exists()
+        opened.clear()
+        log(made, 50.0)
+    assert [r["epoch"] for r in metrics(made.folder)] == ["1", "2"]
+    assert "metrics.csv cannot be written: used by another" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", [UserError, PermissionError])
