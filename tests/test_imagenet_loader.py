@@ -274,6 +274,8 @@ def test_an_image_that_is_gone_is_named(files, tmp_path):
         epoch(gone)
 
 
+# PyTorch's own cleaning up may come across the dead worker, too
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_worker_that_is_killed_is_reported(files):
     loader = FolderLoader(files, 4, "cpu", train=True, workers=1, size=SIZE)
     with pytest.raises(UserError, match="a worker that decodes images was killed"):
