@@ -96,7 +96,7 @@ class Run:
         self.lock = folder.lock(self.folder)
         self.config = folder.read_config(self.folder)  # now that no other process writes it
         for key, value in must_match.items():
-            was = self.config.get(key, value)  # older commits wrote fewer keys
+            was = self.config.get(key)
             if was != value:
                 problem = f"with other files: {key} was {was}, is {value}"
                 raise UserError(f"{self.folder} cannot be resumed {problem}")
@@ -256,9 +256,9 @@ class Run:
         try:
             folder.write_metrics(self.folder, self.history)
         except UserError as error:
-            if not isinstance(error.__cause__, PermissionError):
+            if sys.platform != "win32" or not isinstance(error.__cause__, PermissionError):
                 raise
-            # Windows, and it is open in Excel: the next save writes it, or --resume
+            # it is open in Excel: the next save writes it, or --resume
             print(f"note: {error}", flush=True)
 
     def _export(self) -> Path | None:

@@ -117,7 +117,8 @@ def main(args: Namespace) -> None:
     categories, checksums = load_categories(args, model)
     plan, images = Plan(categories, args, model), args.output / "images"
     part = provenance(device, None if dtype == torch.float32 else dtype)
-    load, draw = (local if args.pipeline == "local" else from_hub), None
+    load = local if args.pipeline == "local" else from_hub
+    draw = None
     if args.overwrite:
         if world_size > 1:
             raise UserError(f"--overwrite is for one process: delete {args.output} yourself")

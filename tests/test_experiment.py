@@ -378,6 +378,11 @@ def test_a_table_that_is_open_in_excel_is_no_reason_to_stop(
         replace(source, target)
 
     monkeypatch.setattr(files.os, "replace", refuse)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    refused = pytest.raises(UserError, match=r"metrics\.csv cannot be written")
+    with refused, make_run(run_dir=Path("elsewhere")) as made:
+        log(made, 40.0)
+    monkeypatch.setattr(run.sys, "platform", "win32")
     with make_run(epochs=2) as made:
         log(made, 40.0)
         assert not (made.folder / "metrics.csv").exists()

@@ -155,6 +155,7 @@ def test_a_checkpoint_brings_its_network_back(stem, tmp_path):
     assert_same_weights(model, again)
     filters = again.layer1[0].conv1.weight  # the other layout is slower, and nothing would say so
     assert filters.is_contiguous(memory_format=MEMORY_FORMAT)
+    assert filters.is_contiguous() == torch.backends.mps.is_available()
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
