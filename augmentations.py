@@ -1,8 +1,8 @@
 """Augmentations of training images, a whole batch at a time and on the device.
 
-They are deterministic: their random parameters are passed in, one set per image (mixup: one per
-batch). The functions draw_* draw those of an epoch from PyTorch's CPU generator, so a seed gives
-the same views on every device.
+They are deterministic: their random parameters are passed in, one set per image. The functions
+draw_* draw those of an epoch from PyTorch's CPU generator, so a seed gives the same views on every
+device.
 """
 
 import torch
@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PADDING, REFLECTION = 4, 2  # pixels
-
-# ------------------------------------------------------------------ one image: crop, flip, colours
 
 
 def draw_crops(n: int) -> tuple[Tensor, ...]:
@@ -117,24 +115,3 @@ AUGMENTATIONS = {
     "reflect": (draw_reflected_crops, reflected_crop_and_flip),
     "rrc_jitter": (draw_resized_crop_and_jitter, resized_crop_and_jitter),
 }
-
-# ------------------------------------------------------------------------------ two images: mixup
-
-
-def draw_shares(batches: int, alpha: float) -> Tensor:
-    """For each batch the share of the first image, from Beta(alpha, alpha): float (batches,)."""
-    return torch.distributions.Beta(alpha, alpha).sample((batches,))
-
-
-def mixup(images: Tensor, share: Tensor) -> Tensor:
-    """Blend each image with the one before it in the batch; `share`, (), is its own.
-
-    images: float (B, 3, H, W). Zhang et al. 2018, arXiv 1710.09412.
-    """
-    return share * images + (1 - share) * images.roll(1, 0)
-
-
-def mix_labels(labels: Tensor, share: Tensor, classes: int) -> Tensor:
-    """int64 (B,) -> float (B, classes): `share` of the own label, the rest of the one before it."""
-    own = F.one_hot(labels, classes).float()
-    return share * own + (1 - share) * own.roll(1, 0)

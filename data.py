@@ -305,8 +305,7 @@ class DeviceLoader:
     AUGMENTATIONS, from PyTorch's CPU generator: a seed gives the same views on every device. The
     few images left over after the last full batch are skipped in that epoch, so that every step has
     the same shapes. The flips of "reflect" alternate: an image is mirrored in every other `epoch`,
-    and `seed` decides which. `mixup` above 0 is the alpha of the mixup of every batch: labels are
-    then shares of the classes, float32 (B, classes).
+    and `seed` decides which.
 
     Without `train`, every image comes once, in order and unchanged. Each rank of a job gets its
     part of every training batch, or of the images in order. Errors: UserError if there is no full
@@ -320,15 +319,13 @@ class DeviceLoader:
         device: torch.device | str,
         train: bool,
         augment: str = "crop",
-        mixup: float = 0.0,
         seed: int = 0,
     ) -> None:
         if train:
             check_batch_size(batch_size, len(data))
         self.images, self.labels = data.images.to(device), data.labels.to(device)
         self.batch_size, self.device, self.train = batch_size, torch.device(device), train
-        self.augment, self.mixup = augment, mixup
-        self.classes, self.seed, self.epoch = len(data.classes), seed, 0
+        self.classes, self.augment, self.seed, self.epoch = len(data.classes), augment, seed, 0
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.images), self.batch_size)
@@ -352,18 +349,11 @@ class DeviceLoader:
         if self.augment == "reflect":
             first = torch.rand(n, generator=torch.Generator().manual_seed(self.seed)) < 0.5
             draws = (*draws, (first ^ (self.epoch % 2 == 1))[order])
-        if self.mixup:
-            shares = augmentations.draw_shares(len(self), self.mixup).to(self.device)
-        part = slice(None) if self.mixup else own  # a batch is mixed as a whole, on every rank
         order, *draws = (
             values[: len(self) * self.batch_size]
-            .unflatten(0, (len(self), self.batch_size))[:, part]
+            .unflatten(0, (len(self), self.batch_size))[:, own]
             .to(self.device)
             for values in (order, *draws)
         )
-        for i, (index, *values) in enumerate(zip(order, *draws, strict=True)):
-            images, labels = normalize(augment(self.images[index], *values)), self.labels[index]
-            if self.mixup:
-                images = augmentations.mixup(images, shares[i])[own]
-                labels = augmentations.mix_labels(labels, shares[i], self.classes)[own]
-            yield images, labels
+        for index, *values in zip(order, *draws, strict=True):
+            yield normalize(augment(self.images[index], *values)), self.labels[index]

@@ -34,11 +34,9 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
 def label_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy with the labels, a scalar, and which predictions are correct, (B,) bool.
 
-    logits: (B, classes); labels: int64 (B,), or the shares of the classes, float (B, classes), of
-    mixed images, where the class with the largest share counts as the correct one.
+    logits: (B, classes); labels: int64 (B,).
     """
-    hard = labels if labels.ndim == 1 else labels.argmax(1)
-    return F.cross_entropy(logits, labels), logits.argmax(1) == hard
+    return F.cross_entropy(logits, labels), logits.argmax(1) == labels
 
 
 class TrainStep:

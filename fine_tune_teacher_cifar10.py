@@ -69,7 +69,7 @@ def main(args: Namespace) -> None:
             load = REAL_SETS[args.dataset]
             train_set, test_set = load(args.data_dir, train=True), load(args.data_dir, train=False)
     train_set, test_set = train_set.first(args.limit), test_set.first(args.limit)
-    augmentation = dict(augment=args.augment, mixup=args.mixup, seed=args.seed)
+    augmentation = dict(augment=args.augment, seed=args.seed)
     train_loader = DeviceLoader(train_set, args.batch_size, device, train=True, **augmentation)
     test_loader = DeviceLoader(test_set, TEST_BATCH_SIZE, device, train=False)
 

@@ -101,7 +101,7 @@ def main(args: Namespace) -> None:
     train_set = load_train_set(args, test_set.classes)
     test_set = test_set.first(args.limit)
     train_set, held_out = train_set.first(args.limit).hold_out(args.holdout)
-    augmentation = dict(augment=args.augment, mixup=args.mixup, seed=args.seed)
+    augmentation = dict(augment=args.augment, seed=args.seed)
     train_loader = data.DeviceLoader(train_set, args.batch_size, device, train=True, **augmentation)
     test_loader = data.DeviceLoader(test_set, data.TEST_BATCH_SIZE, device, train=False)
     held_out = with_shifted_copies(held_out)

@@ -188,18 +188,14 @@ def add_optimisation_flags(parser: Parser, recipe: dict) -> None:
 
 
 def add_augmentation_flags(parser: Parser, choices: Collection[str]) -> None:
-    """--augment, one of `choices`, and --mixup."""
-    add, need = parser.add_argument_group("augmentation").add_argument, parser.add_need
+    """--augment, one of `choices`."""
+    add = parser.add_argument_group("augmentation").add_argument
     # fmt: off
     add("--augment", choices=choices, default="crop",
         help="crop: a random crop after padding by 4, and a random flip; reflect: a random crop "
         "after reflecting 2 pixels, and a flip in every other epoch; rrc_jitter: a random resized "
         "crop, colour jitter and a random flip [%(default)s]")
-    add("--mixup", type=float_in(0, 100), default=0.0, metavar="ALPHA",
-        help="mixup of every batch, with shares from Beta(ALPHA, ALPHA); 0 for none [%(default)s]")
     # fmt: on
-    smallest = "an ALPHA of 0 or from 0.001"  # a smaller one can be 0 in float32: no Beta(0, 0)
-    need("mixup", smallest, lambda a: a.mixup == 0 or a.mixup >= 0.001)
 
 
 def add_run_flags(parser: Parser, name: str, output: str) -> None:

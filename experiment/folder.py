@@ -27,7 +27,7 @@ try:
 except ImportError:  # Windows: two runs in one folder go unnoticed there
     fcntl = None
 
-FORMAT = 4  # of config.json and last.pt
+FORMAT = 5  # of config.json and last.pt
 LOCK = ".lock"
 # Names of files that a run writes into its folder, which --output may not take.
 CHECKPOINTS = ("last.pt", "best.pt", LOCK)

@@ -11,7 +11,7 @@ source "$(dirname "$0")/once.sh"
 experiment pairs "$@"
 teacher_flags=${TEACHER_FLAGS:---epochs 200 --optimizer sgd --nesterov --lr 0.1 --weight_decay 5e-4 --scheduler cosine}
 # shellcheck disable=SC2206
-recipe=("${both[@]}" ${STUDENT_FLAGS:---epochs 400 --scheduler cosine --mixup 1 --augment rrc_jitter})
+recipe=("${both[@]}" ${STUDENT_FLAGS:---epochs 400 --scheduler cosine --augment rrc_jitter})
 
 pair() { # pair TEACHER STUDENT
     # shellcheck disable=SC2086

@@ -6,9 +6,9 @@
 # The choice is made by val_agreement: agreement with the teacher on 2,000 held-out synthetic images
 # and on five shifted copies of each (brighter, less saturated, blurred, JPEG, sharper). The test
 # accuracy is also in summary.csv and decides nothing. The last settings are for other searches:
-# augmentations in longer runs, and optimizers for a ResNet18. EPOCHS, IMAGES (also of the
-# test set, if they are fewer) and SETTINGS (names from below) shorten or lengthen the search. DMKD_DATA
-# is the folder of both data sets. Runs and table go to runs/search$TAG/. Give every other teacher or
+# strong augmentation in longer runs, and optimizers for a ResNet18. EPOCHS, IMAGES (also of the test
+# set, if they are fewer) and SETTINGS (names from below) shorten or lengthen the search. DMKD_DATA is
+# the folder of both data sets. Runs and table go to runs/search$TAG/. Give every other teacher or
 # length a TAG. Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
 teacher=${1:?name the weight file of a teacher}
@@ -24,17 +24,14 @@ for seed in ${*:-0}; do
     student temperature_4 --temperature 4
     student crop --augment crop
     student rrc_jitter --augment rrc_jitter
-    student mixup --mixup 1
     student batch_125 --batch_size 125 --lr 0.085
     student batch_250 --batch_size 250 --lr 0.12
     student batch_500 --batch_size 500 --lr 0.17
     student lr_012 --lr 0.12
     student lr_036 --lr 0.36
     student cosine --scheduler cosine
-    # augmentations that four epochs are too few for
-    student batch_250_mixup --batch_size 250 --lr 0.12 --mixup 1
+    # an augmentation that four epochs are too few for
     student batch_250_rrc_jitter --batch_size 250 --lr 0.12 --augment rrc_jitter
-    student batch_250_both --batch_size 250 --lr 0.12 --mixup 1 --augment rrc_jitter
     # optimizers for a ResNet18
     student resnet18_muon --arch resnet18 --batch_size 250 --lr 0.12
     student resnet18_muon_warmup --arch resnet18 --batch_size 250 --lr 0.12 --warmup 0.1

@@ -10,14 +10,11 @@ from augmentations import (
     crop_and_flip,
     draw_reflected_crops,
     draw_resized_crop_and_jitter,
-    draw_shares,
     jitter,
-    mix_labels,
-    mixup,
     reflected_crop_and_flip,
     resized_crop_and_jitter,
 )
-from data import CIFAR10_MEAN, CIFAR10_STD, CLASSES, DeviceLoader, ImageSet
+from data import CLASSES, DeviceLoader, ImageSet
 from experiment.device import MEMORY_FORMAT
 
 
@@ -96,41 +93,10 @@ def test_resized_crops_keep_to_their_ranges():
         assert (factor.min(), factor.max()) == (near(0.6, abs=1e-3), near(1.4, abs=1e-3))
 
 
-def test_mixup_is_a_blend_of_neighbours():
-    images, labels = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
-    mixed = mixup(images, torch.tensor(0.3))
-    targets = mix_labels(labels, torch.tensor(0.3), 3)
-    for i in range(6):
-        assert torch.allclose(mixed[i], 0.3 * images[i] + 0.7 * images[i - 1])
-        expected = torch.zeros(3)
-        expected[labels[i]] += 0.3
-        expected[labels[i - 1]] += 0.7
-        assert torch.allclose(targets[i], expected)
-
-
-def test_mixup_is_channels_last_where_roll_is_not(monkeypatch):
-    """As on CUDA, where roll makes its input contiguous first."""
-    roll = torch.Tensor.roll
-    monkeypatch.setattr(torch.Tensor, "roll", lambda x, *args: roll(x, *args).contiguous())
-    images = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
-    mixed = mixup(images, torch.tensor(0.5))
-    assert mixed.is_contiguous(memory_format=torch.channels_last)
-    assert not mixed.is_contiguous()
-
-
-def test_shares_are_drawn_for_every_batch():
-    torch.manual_seed(0)
-    shares = draw_shares(5000, 1.0)
-    assert shares.shape == (5000,)
-    assert shares.mean() == pytest.approx(0.5, abs=0.02)
-    assert draw_shares(5000, 0.1).std() > shares.std()
-
-
 @pytest.mark.parametrize("augment", AUGMENTATIONS)
-@pytest.mark.parametrize("alpha", [0.0, 0.4])
-def test_a_loader_serves_every_kind(augment, alpha):
+def test_a_loader_serves_every_kind(augment):
     images = ImageSet(made_images(50), torch.arange(50) % 10, CLASSES)
-    loader = DeviceLoader(images, 16, "cpu", True, augment, mixup=alpha)
+    loader = DeviceLoader(images, 16, "cpu", True, augment)
 
     def epoch(seed):
         torch.manual_seed(seed)
@@ -144,20 +110,4 @@ def test_a_loader_serves_every_kind(augment, alpha):
         assert torch.equal(a, b)
         assert torch.equal(labels, labels_again)
         assert not torch.equal(a, c)
-        if alpha == 0:
-            assert (labels.shape, labels.dtype) == ((16,), torch.int64)
-        else:
-            assert labels.shape == (16, 10)
-            assert torch.allclose(labels.sum(1), torch.ones(16))
-    if alpha:  # not one share for all batches
-        assert len({tuple(labels.unique().tolist()) for _, labels in one}) == 3
-
-
-def test_a_mixed_batch_has_the_labels_of_its_pictures():
-    """Each class has pictures of a single shade, so that the shade tells the shares."""
-    labels = torch.arange(40) % 10
-    images = (25 * labels).to(torch.uint8)[:, None, None, None].expand(40, 3, 32, 32)
-    loader = DeviceLoader(ImageSet(images, labels, CLASSES), 20, "cpu", True, mixup=0.4)
-    for mixed, shares in loader:
-        shades = mixed[:, 0, 16, 16] * 255 * CIFAR10_STD[0] + 255 * CIFAR10_MEAN[0]
-        assert torch.allclose(shades, shares @ (25.0 * torch.arange(10)), atol=0.01)
+        assert (labels.shape, labels.dtype) == ((16,), torch.int64)

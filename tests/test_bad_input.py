@@ -32,8 +32,6 @@ BAD_FLAGS = [
     (["--momentum", "1"], "--momentum: '1' is no number from 0 to 0.9999"),
     (["--weight_decay", "-1"], "--weight_decay: '-1' is no number from 0"),
     (["--milestones", "0.5", "25"], "--milestones: '25' is no number above 0 to 1"),
-    (["--mixup", "-1"], "--mixup: '-1' is no number from 0"),
-    (["--mixup", "nan"], "--mixup: 'nan' is no number"),
     (["--warmup", "1"], "--warmup: '1' is no number from 0 to 0.9"),
     (["--augment", "none"], "--augment: invalid choice: 'none'"),
     (["--gamma", "0"], "--gamma: '0' is no number above 0 to 1"),

@@ -177,7 +177,7 @@ def test_a_graph_trains_as_ordinary_steps_do(optimizer):
         scheduler = build_scheduler(it.rule, it.args, 2 * STEPS)
         for group in it.rule.param_groups:  # as a graph has it: rounded to float32
             group["lr"] = torch.tensor(group["lr"], device=DEVICE)
-        loader = DeviceLoader(data, 32, DEVICE, train=True, mixup=1.0)
+        loader = DeviceLoader(data, 32, DEVICE, train=True)
         torch.manual_seed(1)
         rows[graph] = train_one_epoch(it.student, loader, it.step, scheduler)
         assert (it.step.graph is not None) == graph
@@ -203,11 +203,10 @@ def test_float16_trains_on_cuda_without_a_graph():
     assert all(weight.isfinite().all() for weight in it.student.state_dict().values())
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0])
 @pytest.mark.parametrize("augment", AUGMENTATIONS)
-def test_batches_are_channels_last_on_cuda(augment, alpha):
+def test_batches_are_channels_last_on_cuda(augment):
     images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
     data = ImageSet(images, torch.arange(64) % 10, tuple("abcdefghij"))
-    for views, _ in DeviceLoader(data, 32, DEVICE, train=True, augment=augment, mixup=alpha):
+    for views, _ in DeviceLoader(data, 32, DEVICE, train=True, augment=augment):
         assert views.device.type == DEVICE
         assert views.is_contiguous(memory_format=torch.channels_last)

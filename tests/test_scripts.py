@@ -138,7 +138,7 @@ def assert_what_is_left(run: Path, test_set: ImageSet, logits: Tensor, taught: T
 def test_the_first_step_is_the_one_that_the_flags_describe(name, workdir, demo_teacher):
     """Written out: images, views, loss and update of a run that has one step."""
     shutil.copy(demo_teacher, "expert.pth")
-    flags = "--epochs 1 --limit 16 --seed 6 --amp off --augment reflect --mixup 1 --run_dir run"
+    flags = "--epochs 1 --limit 16 --seed 6 --amp off --augment reflect --run_dir run"
     flags += " --output out.pth --optimizer sgd --lr 0.3 --momentum 0.5 --weight_decay 0.1"
     if name == "teacher":
         run_teacher(*flags.split(), "--init", "expert.pth")
@@ -150,8 +150,7 @@ def test_the_first_step_is_the_one_that_the_flags_describe(name, workdir, demo_t
         network, images = build_model("wrn_16_1"), load_demo("synthetic")
         column = "train_agreement"
 
-    how = dict(augment="reflect", mixup=1.0, seed=6)
-    loader = DeviceLoader(images.first(16), 16, "cpu", train=True, **how)
+    loader = DeviceLoader(images.first(16), 16, "cpu", train=True, augment="reflect", seed=6)
     loader.epoch = 1
     seed_everything(6, 1)
     ((views, labels),) = loader
@@ -359,12 +358,9 @@ def test_the_seed_decides_everything(workdir, demo_teacher):
         *(
             pytest.param(name, flags, marks=pytest.mark.slow)
             for name, flags in (
-                ("teacher", "--mixup 1 --augment rrc_jitter --scheduler onecycle"),
-                (
-                    "student",
-                    "--mixup 1 --augment rrc_jitter --scheduler cosine --holdout 15",
-                ),
-                ("student", "--hard_labels --mixup 0.4"),
+                ("teacher", "--augment rrc_jitter --scheduler onecycle"),
+                ("student", "--augment rrc_jitter --scheduler cosine --holdout 15"),
+                ("student", "--hard_labels"),
                 ("student", "--optimizer muon --augment reflect --scheduler linear --warmup 0.2"),
             )
         ),
