@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -73,16 +74,20 @@ class ImageSet:
 
         An image that has duplicates is not held out. Errors: UserError.
         """
+        if n == 0:
+            return self, self.first(0)
+        pixels = self.images.flatten(1)
+        copies, counts = pixels.unique(dim=0, return_inverse=True, return_counts=True)[1:]
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
         held = torch.zeros(len(self), dtype=torch.bool)
-        if n > 0:
-            pixels = self.images.flatten(1)
-            copies, counts = pixels.unique(dim=0, return_inverse=True, return_counts=True)[1:]
-            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
-            held[order[counts[copies[order]] == 1][:n]] = True
-            if held.sum() < n or n == len(self):
-                raise UserError(f"--holdout {n} is too many of {len(self)} training images")
-        parts = (replace(self, images=self.images[m], labels=self.labels[m]) for m in (~held, held))
-        return next(parts), next(parts)
+        held[order[counts[copies[order]] == 1][:n]] = True
+        if held.sum() < n or n == len(self):
+            raise UserError(f"--holdout {n} is too many of {len(self)} training images")
+        rest, held_out = (
+            replace(self, images=self.images[mask], labels=self.labels[mask])
+            for mask in (~held, held)
+        )
+        return rest, held_out
 
     def sha256(self) -> str:
         """A checksum of all images and labels."""
@@ -117,7 +122,7 @@ def _load_python(dataset: type[CIFAR10], data_dir: str | Path, train: bool, lack
     try:
         with timeout():
             cifar = dataset(data_dir, train, download=not python.is_dir())
-    except (OSError, RuntimeError) as error:
+    except (OSError, HTTPException, RuntimeError) as error:
         if python.is_dir():
             for name, md5 in dataset.train_list + dataset.test_list:
                 _read_checked(python / name, md5)  # names the file that is missing or damaged
@@ -140,7 +145,8 @@ def _load_binary(folder: Path, train: bool) -> ImageSet:
     files = [_read_checked(folder / n, md5) for n, md5 in BINARY_MD5.items() if n.startswith(part)]
     records = torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8)
     records = records.view(-1, 1 + 3 * 32 * 32)  # a label, and the red, green and blue planes
-    return ImageSet(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long(), CLASSES)
+    images = records[:, 1:].reshape(-1, 3, 32, 32).contiguous()
+    return ImageSet(images, records[:, 0].long(), CLASSES)
 
 
 def _read_checked(path: Path, md5: str) -> bytes:

@@ -101,8 +101,8 @@ def main(args: Namespace) -> None:
         for epoch in run.epochs():
             train_loader.epoch = epoch
             train = train_one_epoch(teacher, train_loader, step, scheduler, run.on_batch)
-            final = epoch == args.epochs  # tested in float32 (CUDA: TF32), whatever --amp is
-            test = evaluate(teacher, test_loader, None if final else amp)
+            precision = None if epoch == args.epochs else amp  # last test: float32 (CUDA: TF32)
+            test = evaluate(teacher, test_loader, precision)
             row = {"train_loss": train["loss"], "train_accuracy": train["matches"]}
             row |= {"test_loss": test["loss"], "test_accuracy": test["accuracy"]}
             run.log(row | {"images_per_second": train["images_per_second"]})

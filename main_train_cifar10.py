@@ -24,16 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` leaves i
 import data
 import models
 from augmentations import AUGMENTATIONS
-from engine import (
-    TrainStep,
-    compare,
-    evaluate,
-    kd_loss,
-    label_loss,
-    predict,
-    score,
-    train_one_epoch,
-)
+from engine import TrainStep, compare, kd_loss, label_loss, predict, score, train_one_epoch
 from experiment import flags, folder, parallel
 from experiment.device import pick_device, seed_everything
 from experiment.download import local_file, sha256
@@ -149,13 +140,13 @@ def main(args: Namespace) -> None:
         for epoch in run.epochs():
             train_loader.epoch = epoch
             train = train_one_epoch(student, train_loader, step, scheduler, run.on_batch)
-            final = epoch == args.epochs  # tested in float32 (CUDA: TF32), whatever --amp is
-            test = evaluate(student, test_loader, None if final else amp)
+            precision = None if epoch == args.epochs else amp  # last test: float32 (CUDA: TF32)
+            test = score(predict(student, test_loader, precision), test_set.labels)
             matches = "train_label_accuracy" if args.hard_labels else "train_agreement"
             row = {"train_loss": train["loss"], matches: train["matches"]}
             row |= {"test_loss": test["loss"], "test_accuracy": test["accuracy"]}
             if args.holdout:
-                logits = predict(student, held_out_loader, None if final else amp)
+                logits = predict(student, held_out_loader, precision)
                 val = compare(logits, held_out_logits, args.temperature)
                 row |= {"val_kd_loss": val["loss"], "val_agreement": val["agreement"]}
             run.log(row | {"images_per_second": train["images_per_second"]})

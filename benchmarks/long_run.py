@@ -35,17 +35,17 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 def main(args: Namespace) -> None:
     run.SAVE_EVERY = 0
-    epochs, evaluate = 0, student_script.evaluate
+    epochs, train_one_epoch = 0, student_script.train_one_epoch
 
-    def counted(*given):  # called once an epoch
+    def counted(*given):
         nonlocal epochs
         epochs += 1
         if epochs % args.every == 0:
             files = len(os.listdir("/proc/self/fd"))
             print(f"{epochs}, {resident_mb():.0f} MB, {files}", file=sys.stderr)
-        return evaluate(*given)
+        return train_one_epoch(*given)
 
-    student_script.evaluate = counted
+    student_script.train_one_epoch = counted
     print("epoch, resident, open files", file=sys.stderr)
     argv = f"--demo --epochs {args.epochs} --limit 64 --batch_size 32 --teacher_weights random"
     with tempfile.TemporaryDirectory() as folder:

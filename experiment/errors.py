@@ -51,7 +51,7 @@ def one_line_errors() -> Iterator[None]:
             for cause in (error, error.__context__):  # the end of a graph's capture hides the first
                 if _is_lack_of_memory(cause):
                     first = [*str(cause).splitlines(), "out of memory."][0]
-                    _exit(f"{first.rstrip('.')}. Try a smaller --batch_size.")
+                    _exit(f"{first.rstrip('.')}. Smaller batches or fewer images need less.")
             if not parallel.is_lost_rank(error):
                 raise
             _exit(f"another process of this job has died: {error}")

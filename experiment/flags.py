@@ -135,6 +135,7 @@ def add_data_flags(parser: Parser, demo: dict) -> argparse._ArgumentGroup:
         need(flag, "leaving --demo out", lambda a: not a.demo)
     cifake = ("cifar10", "synthetic")
     need("download_synthetic", "CIFAKE", lambda a: (a.dataset, a.train_on) == cifake)
+    need("synthetic_data_dir", "--train_on synthetic", lambda a: a.train_on == "synthetic")
     return group
 
 
@@ -205,7 +206,7 @@ def add_run_flags(parser: Parser, name: str, output: str) -> None:
     add("--seed", type=int_in(0, 2**32 - 1), default=0, metavar="N",
         help="seed of initial weights, order of the images and augmentation [%(default)s]")
     add("--device", type=device, default="auto",
-        help="auto, cpu, cuda, cuda:N, mps or xpu [%(default)s]")
+        help="auto, cpu, cuda, cuda:N, mps, xpu or xpu:N [%(default)s]")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
         help="autocast; auto is bf16 on GPUs and CPUs that have it in hardware, fp16 with loss "
         "scaling on older CUDA GPUs, else off [%(default)s]")

@@ -65,7 +65,7 @@ class Run:
         **extra,
     ) -> None:
         self.args, self.state, self.about = args, state, about
-        self.on_save, self.metric = on_save, metric
+        self.on_save, self.metric, self.float16 = on_save, metric, amp == torch.float16
         self.history: list[dict[str, float]] = []
         self.pending: dict[str, dict] = {}  # checkpoints to write, by file name
         self.saved_at = -math.inf
@@ -167,7 +167,8 @@ class Run:
         return max(self.history, key=lambda row: row[self.metric])
 
     def _check(self, row: dict[str, float]) -> None:
-        weights, cause = self.state["model"].state_dict().values(), "A too high --lr"
+        weights = self.state["model"].state_dict().values()
+        cause = "A too high --lr" + ", or float16 (try --amp off)," * self.float16
         if not torch.stack([weight.isfinite().all() for weight in weights]).all():
             problem = "the network holds a weight that is not finite"
         elif bad := [key for key, value in row.items() if not math.isfinite(value)]:
@@ -241,10 +242,10 @@ class Run:
         draw = draw or "last.pt" in self.pending
         for name in sorted(self.pending):  # best.pt before last.pt: a killed run repeats the epoch
             save(self.folder / name, to_cpu(self.pending[name]))
-            del self.pending[name]  # after `save`: a signal may come in between
             if name == "last.pt":
                 self._write_metrics()
                 self._write_config()
+            del self.pending[name]  # at the end: the next flush repeats what is interrupted
         self.saved_at = time.monotonic()
         try:
             if draw and self.on_save:
@@ -314,5 +315,7 @@ class Run:
         raise Stopped(number, message)
 
     def _resume_command(self) -> str:
-        resume = [Path(sys.argv[0]).as_posix(), "--resume", self.folder.as_posix()]
-        return f"{parallel.launcher()} {shlex.join(resume)}"
+        script, *flags = sys.argv
+        if not self.args.resume:  # else with the same flags again, such as another --data_dir
+            flags = ["--resume", self.folder.as_posix()]
+        return f"{parallel.launcher()} {shlex.join([Path(script).as_posix(), *flags])}"

@@ -5,6 +5,7 @@
 Workers decode, crop and resize to uint8. Batches are normalised on the device.
 """
 
+import math
 import os
 import signal
 import time
@@ -202,16 +203,15 @@ class FolderLoader:
         """This rank's slice of every batch: indices in random order, and a seed for each view."""
         order = torch.randperm(len(self.labels)).numpy()
         seeds = torch.randint(2**63 - 1, (len(order),)).numpy()
-        own = parallel.rank_slice(self.batch_size)
-        starts = range(0, len(self) * self.batch_size, self.batch_size)
-        slices = [slice(start + own.start, start + own.stop) for start in starts]
-        return [(order[rows], seeds[rows]) for rows in slices]
+        shape, own = (len(self), self.batch_size), parallel.rank_slice(self.batch_size)
+        order, seeds = (x[: math.prod(shape)].reshape(shape)[:, own] for x in (order, seeds))
+        return list(zip(order, seeds, strict=True))
 
     def _test_schedule(self) -> list[tuple[np.ndarray, None]]:
         """This rank's slice of the images, in order and without seeds."""
         index = np.arange(len(self.labels))[parallel.rank_slice(len(self.labels))]
-        starts = range(0, len(index), self.batch_size)
-        return [(index[start : start + self.batch_size], None) for start in starts]
+        size = max(1, self.batch_size // parallel.world_size())  # a rank's, as in training
+        return [(index[start : start + size], None) for start in range(0, len(index), size)]
 
     def _decoded(self) -> Iterator[tuple[Tensor, Tensor]]:
         try:
@@ -234,7 +234,9 @@ class _Batches(Dataset):
     def __init__(self, files: ImageFiles, size: int) -> None:
         self.files, self.size = files, size
 
-    def __getitem__(self, batch: tuple[np.ndarray, np.ndarray | None]):
+    def __getitem__(
+        self, batch: tuple[np.ndarray, np.ndarray | None]
+    ) -> tuple[Tensor, Tensor] | UserError:
         index, seeds = batch
         images = torch.empty(len(index), self.size, self.size, 3, dtype=torch.uint8)
         images = images.permute(0, 3, 1, 2)  # (B, 3, size, size) in channels-last

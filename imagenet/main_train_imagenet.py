@@ -23,27 +23,19 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine import TrainStep, evaluate, kd_loss, train_one_epoch
-from experiment import flags, parallel
+from experiment import flags, folder, parallel
 from experiment.device import pick_device, seed_everything
 from experiment.download import local_file, sha256
 from experiment.errors import UserError, one_line_errors
-from experiment.folder import parse_args as parse_run_args
 from experiment.run import Run
 from imagenet.index import ImageFiles, check_same_classes, list_images, read_classes
 from imagenet.loader import FolderLoader, check_data
-from models import (
-    CIFAR_STEMS,
-    build_model,
-    cast_weights_,
-    checksum,
-    describe,
-    init_from,
-    load_model,
-)
+from models import build_model, cast_weights_, checksum, describe, init_from, load_model
+from networks.cifar_stems import CIFAR_STEMS
 from optimizers import build_optimizer, build_scheduler
 from plots import plot_run
 
-NETWORKS = tuple(CIFAR_STEMS)  # torchvision's, with their own stems
+NETWORKS = CIFAR_STEMS  # torchvision's, with their own stems
 # The published recipe.
 RECIPE = dict(epochs=100, batch_size=256, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4)
 RECIPE |= dict(scheduler="multistep", milestones=[0.3, 0.6, 0.9], gamma=0.1)
@@ -81,7 +73,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         help="softens the outputs of teacher and student [%(default)s]")
     # fmt: on
     flags.add_run_flags(parser, "imagenet", "student_imagenet_kd.pth")
-    return parse_run_args(parser, argv, "imagenet")
+    return folder.parse_args(parser, argv, "imagenet")
 
 
 def main(args: Namespace) -> None:
@@ -125,26 +117,17 @@ def main(args: Namespace) -> None:
     step = TrainStep(loss_fn, optimizer, amp, graph=not args.no_cuda_graph)
     state = dict(model=student, optimizer=optimizer, scheduler=scheduler, step=step)
     about = describe(student, test_files.classes)
-    must_match = {
-        "train_images": len(train_files),
-        "test_images": len(test_files),
-        "teacher_sha256": teacher_sha256,
-    }
+    must_match = {"train_images": len(train_files), "test_images": len(test_files)}
+    must_match |= {"teacher_sha256": teacher_sha256}
     extra = {"teacher_accuracy": accuracy, "teacher_files": files}
     with Run(args, "imagenet", state, about, device, amp, must_match, plot_run, **extra) as run:
         for epoch in run.epochs():
             train = train_one_epoch(student, train_loader, step, scheduler, run.on_batch)
-            final = epoch == args.epochs  # tested in float32 (CUDA: TF32), whatever --amp is
-            test = evaluate(student, test_loader, None if final else amp)
-            run.log(
-                {
-                    "train_loss": train["loss"],
-                    "train_agreement": train["matches"],
-                    "test_loss": test["loss"],
-                    "test_accuracy": test["accuracy"],
-                    "images_per_second": train["images_per_second"],
-                }
-            )
+            precision = None if epoch == args.epochs else amp  # last test: float32 (CUDA: TF32)
+            test = evaluate(student, test_loader, precision)
+            row = {"train_loss": train["loss"], "train_agreement": train["matches"]}
+            row |= {"test_loss": test["loss"], "test_accuracy": test["accuracy"]}
+            run.log(row | {"images_per_second": train["images_per_second"]})
         run.finish()
 
 

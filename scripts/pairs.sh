@@ -14,6 +14,7 @@ teacher_flags=${TEACHER_FLAGS:---epochs 200 --optimizer sgd --nesterov --lr 0.1 
 recipe=("${both[@]}" ${STUDENT_FLAGS:---epochs 400 --scheduler cosine --augment rrc_jitter})
 
 pair() { # pair TEACHER STUDENT
+    wanted "$1_to_$2" || return 0
     # shellcheck disable=SC2086
     once "$runs/$1-0" fine_tune_teacher_cifar10.py --arch "$1" --init random \
         "${data[@]}" $teacher_flags

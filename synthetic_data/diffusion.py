@@ -14,6 +14,7 @@ import math
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ from torch import Tensor, nn
 from experiment.device import MEMORY_FORMAT
 from experiment.errors import UserError
 from experiment.files import load
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler
 
 
 def import_diffusers() -> ModuleType:
@@ -58,7 +62,7 @@ def build_unet(num_classes: int, channels: int = 128, layers: int = 2) -> nn.Mod
     return unet.to(memory_format=MEMORY_FORMAT)
 
 
-def build_schedule():
+def build_schedule() -> "DDPMScheduler":
     """diffusers' DDPMScheduler for the formulas above."""
     return import_diffusers().DDPMScheduler(
         num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"
@@ -66,7 +70,11 @@ def build_schedule():
 
 
 def diffusion_loss(
-    unet: nn.Module, schedule, images: Tensor, labels: Tensor, label_dropout: float = 0.0
+    unet: nn.Module,
+    schedule: "DDPMScheduler",
+    images: Tensor,
+    labels: Tensor,
+    label_dropout: float = 0.0,
 ) -> Tensor:
     """The mean squared error of v, a scalar, at a random t and with random noise for each image.
 
@@ -99,7 +107,7 @@ def sample(
     noisiest t (Lin et al. 2024, arXiv 2305.08891: "trailing"). diffusers' DDIMScheduler goes back
     by 1000 // steps each time, which is right only if `steps` divides 1000.
     """
-    shares = [*build_schedule().alphas_cumprod, torch.ones(())]  # a_t; the last, at -1: no noise
+    alphas_cumprod = [*build_schedule().alphas_cumprod, torch.ones(())]  # the last: no noise
     times = [round(1000 - 1000 * i / steps) - 1 for i in range(steps + 1)]  # from 999 to -1
     any_class = torch.full_like(labels, unet.spec["num_classes"])
     x = noise.to(memory_format=MEMORY_FORMAT)
@@ -108,12 +116,12 @@ def sample(
             v = unet(x, t, class_labels=labels).sample.float()
         else:
             both = unet(torch.cat([x, x]), t, class_labels=torch.cat([labels, any_class])).sample
-            given, free = both.float().chunk(2)
-            v = free + guidance_scale * (given - free)
-        a, b = shares[t], shares[after]
-        image = (a**0.5 * x - (1 - a) ** 0.5 * v).clamp(-1, 1)
-        error = a**0.5 * v + (1 - a) ** 0.5 * x
-        x = b**0.5 * image + (1 - b) ** 0.5 * error
+            cond, uncond = both.float().chunk(2)
+            v = uncond + guidance_scale * (cond - uncond)
+        a, b = alphas_cumprod[t], alphas_cumprod[after]
+        x0 = (a**0.5 * x - (1 - a) ** 0.5 * v).clamp(-1, 1)
+        eps = a**0.5 * v + (1 - a) ** 0.5 * x
+        x = b**0.5 * x0 + (1 - b) ** 0.5 * eps
     return (x / 2 + 0.5).clamp(0, 1)
 
 

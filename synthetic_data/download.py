@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from data import BY_HAND, CIFAKE
+from data import BY_HAND, CIFAKE, visible
 from experiment.errors import UserError
 
 
@@ -15,8 +15,10 @@ def download_cifake(folder: str | Path) -> None:
     A folder that is not empty is left as it is. Errors: UserError, OSError.
     """
     target = Path(folder).resolve()  # a link may lead to another disk
-    if target.is_dir() and any(target.iterdir()):
+    if visible(target):
         return
+    if target.is_dir() and any(target.iterdir()):
+        raise UserError(f"{folder} holds only hidden files: delete them, or name another folder")
     try:
         import kagglehub
 

@@ -65,7 +65,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--neighbours", type=flags.int_in(24, 10**5), default=1000, metavar="N",
         help="number of images whose nearest training images are searched [%(default)s]")
     parser.add_argument("--device", type=flags.device, default="auto",
-        help="auto, cpu, cuda, cuda:N, mps or xpu [%(default)s]")
+        help="auto, cpu, cuda, cuda:N, mps, xpu or xpu:N [%(default)s]")
     # fmt: on
     return parser.parse_args(argv)
 
@@ -77,24 +77,25 @@ def main(args: Namespace) -> None:
     device = pick_device(args.device, "off")[0]
     torch.set_float32_matmul_precision("highest")  # distances of near copies are small differences
     teacher = load_model(args.teacher_weights, num_classes=10, classes=list(CLASSES)).to(device)
-    made = load_cifake(args.images, args.limit)
+    generated = load_cifake(args.images, args.limit)
     train_set, test_set = (
         load_cifar10(args.data_dir, train=train).first(args.limit) for train in (True, False)
     )
     args.output.mkdir(parents=True, exist_ok=True)
 
-    logits = predict(teacher, DeviceLoader(made, TEST_BATCH_SIZE, device, train=False))
+    logits = predict(teacher, DeviceLoader(generated, TEST_BATCH_SIZE, device, train=False))
     measures = {
         "images": str(args.images),
-        "count": len(made),
+        "count": len(generated),
         "teacher": str(args.teacher_weights),
-        "teacher_accuracy": 100 * (logits.argmax(1) == made.labels).float().mean().item(),
+        "teacher_accuracy": 100 * (logits.argmax(1) == generated.labels).float().mean().item(),
         "confidence": 100 * logits.softmax(1).amax(1).mean().item(),
         "entropy": torch.special.entr((logits / 10).softmax(1)).sum(1).mean().item(),
-        **colours(made),
+        **colours(generated),
         **{f"{key}_of_cifar10": value for key, value in colours(train_set).items()},
     }
-    samples, real = made.first(args.neighbours), test_set.first(args.neighbours)
+    samples = generated.first(min(args.neighbours, len(test_set)))
+    real = test_set.first(len(samples))
     found = {}
     for name, view in (
         ("pixels", partial(as_pixels, device=device)),
@@ -104,7 +105,7 @@ def main(args: Namespace) -> None:
         distance, found[name] = nearest(view, samples, bank)
         measures[name] = distance.median().item()
         measures[f"{name}_of_test_images"] = nearest(view, real, bank)[0].median().item()
-    measures["fid"] = frechet_inception_distance(made, train_set, device)
+    measures["fid"] = frechet_inception_distance(generated, train_set, device)
 
     columns = [
         samples.images,
@@ -159,20 +160,20 @@ def nearest(
     found = []
     for data in (queries, mirrored):
         parts = [torch.cdist(part, bank).min(1) for part in view(data).split(100)]
-        found.append([torch.cat([getattr(p, key) for p in parts]) for key in ("values", "indices")])
+        found.append([torch.cat(column) for column in zip(*parts, strict=True)])
     (one, one_index), (two, two_index) = found
     return torch.minimum(one, two).cpu(), torch.where(one <= two, one_index, two_index).cpu()
 
 
 def frechet_inception_distance(
-    made: ImageSet, train_set: ImageSet, device: torch.device
+    generated: ImageSet, train_set: ImageSet, device: torch.device
 ) -> float | None:
     """The FID by torch-fidelity. None if it is not available: a line says why."""
     try:
         import torch_fidelity
 
         metrics = torch_fidelity.calculate_metrics(
-            input1=Images(made.images),
+            input1=Images(generated.images),
             input2=Images(train_set.images),
             cuda=device.type == "cuda",
             fid=True,

@@ -7,6 +7,7 @@ import shutil
 import struct
 import sys
 import zlib
+from http.client import BadStatusLine
 from types import SimpleNamespace
 
 import numpy as np
@@ -309,6 +310,13 @@ def test_a_download_that_holds_more_than_images_is_refused(kind, cifake, tmp_pat
     assert not (tmp_path / "target").exists()
 
 
+def test_a_download_does_not_touch_hidden_files(tmp_path):
+    (tmp_path / ".DS_Store").touch()
+    with pytest.raises(UserError, match="holds only hidden files"):
+        download_cifake(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".DS_Store"]
+
+
 def test_a_download_that_fails_tells_the_steps_by_hand(tmp_path, monkeypatch):
     def offline(handle):
         raise ConnectionError("no network")
@@ -397,6 +405,9 @@ def test_the_binary_version_is_read_in_order(cifar10_binary):
     pixels = np.frombuffer(record[1:], np.uint8).reshape(3, 32, 32)
     assert np.array_equal(train.images[20].numpy(), pixels)
     assert record[0] == train.labels[20]
+    assert train.sha256() != test.sha256()
+    whole, none = train.hold_out(0)
+    assert (whole.sha256(), len(none)) == (train.sha256(), 0)
 
 
 @pytest.mark.parametrize("damage", ["flipped byte", "cut short", "missing", "FIFO"])
@@ -440,9 +451,10 @@ def test_the_python_version_gives_the_same_images(cifar10_binary, tmp_path, monk
     assert (folder / "data_batch_4").read_bytes() == b"something else"
 
 
-def test_a_download_of_cifar10_that_fails_is_said(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError("no network"), BadStatusLine("no network")])
+def test_a_download_of_cifar10_that_fails_is_said(error, tmp_path, monkeypatch):
     def offline(self):
-        raise OSError("no network")
+        raise error
 
     monkeypatch.setattr(CIFAR10, "download", offline)
     with pytest.raises(UserError, match=r"CIFAR-10 is neither in .* failed: no network.*--demo"):

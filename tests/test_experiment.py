@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import resource
@@ -325,12 +326,34 @@ def test_a_diverged_epoch_ends_the_run_and_spares_the_last_good_one(value, broke
         if broken == "weight":
             state["model"].weight.data[0, 0] = value
         diverged = {**row(10.0), broken: value} if broken != "weight" else row(10.0)
-        with pytest.raises(UserError, match=r"after epoch 3: .*(nan|inf|not finite).*--lr"):
+        with pytest.raises(UserError, match=r"after epoch 3: .*(nan|inf|not finite).*--lr is"):
             made.log(diverged)
     weights, facts = read_weights(made.folder / "last.pt")
     assert facts["provenance"]["epoch"] == 2
     assert weights["weight"].isfinite().all()
     assert "nan" not in (made.folder / "metrics.csv").read_text()
+
+
+def test_a_diverged_epoch_in_float16_may_be_an_overflow(workdir):
+    with make_run(amp=torch.float16) as made:
+        next(made.epochs())
+        with pytest.raises(UserError, match=r"A too high --lr, or float16 \(try --amp off\), is"):
+            made.log(row(10.0, loss=math.nan))
+
+
+def test_what_a_full_disk_kept_from_the_table_is_written_at_the_end(workdir, monkeypatch):
+    """The disk is full between last.pt and metrics.csv, and has room again a moment later."""
+    full, write = iter([UserError("disk full")]), folder.write_metrics
+
+    def write_metrics(*given):
+        for error in full:
+            raise error
+        write(*given)
+
+    monkeypatch.setattr(folder, "write_metrics", write_metrics)
+    with pytest.raises(UserError, match="disk full"), make_run() as made:
+        log(made, 40.0)
+    assert len(metrics(made.folder)) == 1
 
 
 def test_a_run_does_not_get_other_columns_on_the_way(workdir):
@@ -573,6 +596,18 @@ def test_a_signal_ends_a_run_with_what_is_finished(number, workdir, capsys):
     ]
     assert read_weights(made.folder / "last.pt")[1]["provenance"]["epoch"] == 2
     assert signal.getsignal(number) == before
+
+
+def test_a_resumed_run_is_resumed_with_the_same_flags_again(workdir, monkeypatch):
+    """Its data may have moved."""
+    with make_run() as made:
+        log(made, 40.0)
+    flags = ["--resume", "runs/student-001", "--data_dir", "the data"]
+    monkeypatch.setattr(sys, "argv", ["main.py", *flags])
+    with pytest.raises(Stopped) as stop, resumed(made.folder):
+        signal.raise_signal(signal.SIGTERM)
+    command = "python main.py --resume runs/student-001 --data_dir 'the data'"
+    assert str(stop.value).splitlines()[-1] == command
 
 
 def test_the_terminal_may_be_closed_on_sighup_too():

@@ -91,6 +91,10 @@ def test_help_begins_with_the_command_as_it_was_typed(capsys, monkeypatch):
         ("--demo --data_dir mine", "--data_dir needs leaving --demo out"),
         ("--demo --train_on noise", "--train_on needs leaving --demo out"),
         ("--train_on real --download_synthetic", "--download_synthetic needs CIFAKE"),
+        (
+            "--train_on real --synthetic_data_dir x",
+            "--synthetic_data_dir needs --train_on synthetic",
+        ),
         ("--dataset cifar100 --download_synthetic", "--download_synthetic needs CIFAKE"),
         ("--hard_labels --temperature 4", "--temperature needs distillation, not --hard_labels"),
         ("--optimizer adam --momentum 0.8", "--momentum needs --optimizer sgd or muon"),

@@ -1,6 +1,7 @@
 """Views, batches and the check of the data, against torchvision's and on made images."""
 
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -204,7 +205,9 @@ def test_ranks_share_the_test(files, monkeypatch):
         as_rank(monkeypatch, rank, 3)
         loader = FolderLoader(files, 24, "cpu", False, size=SIZE)
         assert loader.labels.equal(files.labels)
-        labels += [label for _, batch in loader for label in batch.tolist()]
+        batches = [batch.tolist() for _, batch in loader]
+        assert {len(batch) for batch in batches} == {8}  # in memory, as in training
+        labels += itertools.chain(*batches)
     assert labels == files.labels.tolist()
 
 

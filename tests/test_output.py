@@ -18,21 +18,23 @@ from models import read_weights
 
 # ---------------------------------------------------------------------------------------- errors
 
+HINT = "Smaller batches or fewer images need less."
+
 
 @pytest.mark.parametrize(
     ("error", "code"),
     [
         (UserError("two\nlines"), "error: two lines"),
         (OSError("full"), "error: full"),
-        (torch.OutOfMemoryError("Out.\nA"), "error: Out. Try a smaller --batch_size."),
-        (MemoryError(), "error: out of memory. Try a smaller --batch_size."),
+        (torch.OutOfMemoryError("Out.\nA"), f"error: Out. {HINT}"),
+        (MemoryError(), f"error: out of memory. {HINT}"),
         (
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
-            "error: CUDA error: CUBLAS_STATUS_ALLOC_FAILED. Try a smaller --batch_size.",
+            f"error: CUDA error: CUBLAS_STATUS_ALLOC_FAILED. {HINT}",
         ),
         (
             RuntimeError("MPS backend out of memory (1 GB)."),
-            "error: MPS backend out of memory (1 GB). Try a smaller --batch_size.",
+            f"error: MPS backend out of memory (1 GB). {HINT}",
         ),
         (KeyboardInterrupt(), 130),
     ],
@@ -50,7 +52,7 @@ def test_a_lack_of_memory_that_another_error_hides_is_found():
             raise torch.OutOfMemoryError("CUDA out of memory.")
         except torch.OutOfMemoryError:
             raise RuntimeError("capture failed")  # noqa: B904
-    assert stop.value.code == "error: CUDA out of memory. Try a smaller --batch_size."
+    assert stop.value.code == f"error: CUDA out of memory. {HINT}"
 
 
 def test_a_line_does_not_fill_screens(capsys):
@@ -69,13 +71,13 @@ def test_a_lack_of_memory_on_a_cpu_is_one_line():
     with pytest.raises(SystemExit) as stop, one_line_errors():
         torch.empty(2**60)
     assert "can't allocate memory" in stop.value.code
-    assert stop.value.code.endswith("Try a smaller --batch_size.")
+    assert stop.value.code.endswith(HINT)
 
 
 def test_a_lack_of_memory_on_windows_is_one_line():
     with pytest.raises(SystemExit) as stop, one_line_errors():
         raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")
-    assert stop.value.code.endswith("allocate 9 bytes. Try a smaller --batch_size.")
+    assert stop.value.code.endswith(f"allocate 9 bytes. {HINT}")
 
 
 def test_a_bug_keeps_its_traceback():

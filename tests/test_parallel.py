@@ -78,8 +78,8 @@ def test_two_ranks_train_as_one_does(workdir, monkeypatch):
         run_here(*named(RUNS[name], f"{name} 1"))
     statistics = ("~main_train_cifar10", *RANDOM_TEACHER, "--limit", "16")
     run_here(*named(statistics, "statistics 1", epochs=1))
-    evaluations = iter([student_script.evaluate])  # the second epoch finds none
-    monkeypatch.setattr(student_script, "evaluate", lambda *given: next(evaluations)(*given))
+    epochs = iter([student_script.train_one_epoch])  # there is none for the second
+    monkeypatch.setattr(student_script, "train_one_epoch", lambda *given: next(epochs)(*given))
     with pytest.raises(StopIteration):
         run_here(*named(RUNS["resumed"], "resumed 2"))
     assert len(metrics("resumed 2")) == 1

@@ -177,6 +177,13 @@ def test_settings_leave_the_other_students_out(workdir, monkeypatch):
     assert sum("variants.py" in line for line in started) == 1
 
 
+def test_settings_leave_the_teachers_of_other_pairs_out(workdir, monkeypatch):
+    monkeypatch.setenv("SETTINGS", "vgg11_bn_to_resnet18")
+    started = started_by(workdir, "pairs.sh", "0")
+    archs = [re.search(r"--arch (\w+)", line)[1] for line in started if "--arch" in line]
+    assert archs == ["vgg11_bn", "resnet18"]
+
+
 def test_a_setting_that_is_misspelt_is_named(workdir, monkeypatch):
     monkeypatch.setenv("SETTINGS", "noise riel")
     with pytest.raises(AssertionError, match="error: SETTINGS: there is no riel; the first lines"):
