@@ -138,3 +138,12 @@ def test_muon_keeps_the_norm_of_the_filters_in_a_run(workdir):
     assert len(filters) == 6
     for bank in filters:  # renormalised before each step, which then adds 0.2 of about one a row
         assert bank.norm() / len(bank) ** 0.5 == pytest.approx(1, abs=0.25)
+
+
+@pytest.mark.slow
+def test_a_start_from_a_file_keeps_its_filters(workdir):
+    source = REPOSITORY / "weights" / "airbench94_cifar10.pth"
+    argv = [*TINY, "--arch", "airbench94", "--stem", "cifar", "--init", str(source)]
+    teacher_script.main(teacher_script.parse_args([*argv, "--epochs", "1", "--output", "out.pth"]))
+    ours, theirs = (read_weights(path)[0]["whitening.weight"] for path in ("out.pth", source))
+    assert torch.equal(ours, theirs.float())

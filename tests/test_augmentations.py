@@ -111,3 +111,19 @@ def test_a_loader_serves_every_kind(augment):
         assert torch.equal(labels, labels_again)
         assert not torch.equal(a, c)
         assert (labels.shape, labels.dtype) == ((16,), torch.int64)
+
+
+def test_the_draws_of_a_resized_crop_and_jitter_are_independent():
+    torch.manual_seed(0)
+    box, flip, factors = draw_resized_crop_and_jitter(20_000)
+    width, height, x, y = box.unbind(1)
+    shape, grey = (width / height).log(), (factors[:, 2] == 0).float()
+    assert abs(shape.mean()) < 0.005
+    draws = [width * height, shape, x, y, flip.float(), *factors[:, :2].unbind(1), grey]
+    assert (torch.corrcoef(torch.stack(draws)) - torch.eye(8)).abs().max() < 0.05
+
+
+def test_a_resized_crop_at_the_rim_shows_no_border():
+    white, box = torch.full((1, 3, 32, 32), 255).byte(), torch.full((1, 4), 0.5)
+    view = resized_crop_and_jitter(white, box, torch.tensor([False]), torch.ones(1, 3))
+    assert view.min() > 254

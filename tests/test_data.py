@@ -7,6 +7,7 @@ import shutil
 import struct
 import sys
 import zlib
+from dataclasses import replace
 from http.client import BadStatusLine
 from types import SimpleNamespace
 
@@ -703,3 +704,21 @@ def test_a_linear_classifier_finds_little_in_the_demo_set():
         correct = (features(test) @ weights).argmax(1) == test.labels
         accuracies.append(correct.float().mean().item())
     assert max(accuracies) < 0.25
+
+
+@pytest.mark.parametrize("augment", ["crop", "reflect"])
+def test_every_label_is_that_of_its_image(augment):
+    for views, labels in DeviceLoader(coordinates(60), 20, "cpu", train=True, augment=augment):
+        assert pixels(views)[:, 2, 16, 16].tolist() == labels.tolist()
+
+
+def test_the_checksum_of_a_set_is_of_its_labels_too():
+    images = made_set(3)
+    assert images.sha256() != replace(images, labels=images.labels.flip(0)).sha256()
+
+
+def test_noise_is_uniform_and_as_many_images_as_cifake():
+    noise = data.load_noise()
+    assert noise.images.shape == (50_000, 3, 32, 32)
+    counts = torch.bincount(noise.images[:1000].flatten(), minlength=256)
+    assert 11_000 < counts.min() <= counts.max() < 13_000

@@ -32,6 +32,14 @@ def made_set(n: int) -> ImageSet:
 # ------------------------------------------------------------------------------------------- loss
 
 
+def test_label_loss_is_cross_entropy_and_what_is_right():
+    logits, labels = torch.tensor([[2.0, 0, 0], [0, 3, 0], [1, 0, 0]]), torch.tensor([0, 1, 2])
+    loss, matches = label_loss(logits, labels)
+    by_hand = [math.log(math.e**2 + 2) - 2, math.log(math.e**3 + 2) - 3, math.log(math.e + 2)]
+    assert loss.item() == pytest.approx(sum(by_hand) / 3)
+    assert matches.tolist() == [True, True, False]
+
+
 def test_kd_loss_is_the_formula_worked_out_by_hand():
     student, teacher, temperature = [[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]], [[2.0, 0.0, 1.0]] * 2, 4.0
 

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import torch
 from conftest import REPOSITORY, as_rank, log, make_run, metrics, row, tiny_state
 
 from experiment import files, flags, folder, run
-from experiment.device import pick_device, seed_everything
+from experiment.device import hardware, pick_device, seed_everything
 from experiment.errors import Stopped, UserError, one_line_errors
 from experiment.files import load, save
 from experiment.folder import FORMAT, parse_args, read_config
@@ -85,7 +86,9 @@ def test_the_config_tells_where_a_run_comes_from(workdir):
     (part,) = config["parts"]
     assert part["torch"] == str(torch.__version__)
     assert (part["from_epoch"], part["precision"]) == (1, "float32")
-    assert {"command", "started", "git_commit", "python", "torchvision", "hardware"} <= set(part)
+    assert part["command"] == shlex.join(["python", *sys.argv])
+    assert part["hardware"] == hardware(torch.device("cpu"))
+    assert {"started", "git_commit", "python", "torchvision"} <= set(part)
 
 
 @pytest.mark.parametrize(
@@ -339,6 +342,15 @@ def test_a_diverged_epoch_in_float16_may_be_an_overflow(workdir):
         next(made.epochs())
         with pytest.raises(UserError, match=r"A too high --lr, or float16 \(try --amp off\), is"):
             made.log(row(10.0, loss=math.nan))
+
+
+def test_best_pt_is_written_before_last_pt(workdir, monkeypatch):
+    """After a kill between the two, the epoch is repeated."""
+    names = []
+    monkeypatch.setattr(run, "save", lambda path, state: names.append(path.name))
+    with make_run() as made:
+        log(made, 40.0)
+    assert names == ["best.pt", "last.pt"]
 
 
 def test_what_a_full_disk_kept_from_the_table_is_written_at_the_end(workdir, monkeypatch):
@@ -798,3 +810,18 @@ def test_experiment_imports_nothing_of_the_project_outside_itself():
         found |= set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
     assert "torch" in found
     assert not found & project
+
+
+def test_a_folder_that_another_run_has_used_meanwhile_is_refused(workdir, monkeypatch):
+    lock = folder.lock
+
+    def late(path):
+        monkeypatch.setattr(folder, "lock", lock)
+        with make_run(run_dir=path) as other:
+            log(other, 40.0)
+        return lock(path)
+
+    monkeypatch.setattr(folder, "lock", late)
+    with pytest.raises(UserError, match="run is not empty"):
+        make_run(run_dir=Path("run"))
+    assert len(metrics("run")) == 1

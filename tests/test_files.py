@@ -123,3 +123,11 @@ def test_a_bit_that_a_disk_has_flipped_is_noticed(workdir):
     assert torch.load(path, weights_only=True)["model"]["weight"].sum() != 0
     with pytest.raises(UserError, match=r"last\.pt is damaged"):
         load(path)
+
+
+def test_what_has_its_name_is_on_the_disk(workdir, monkeypatch):
+    seen = []
+    monkeypatch.setattr(files.os, "fsync", lambda number: seen.append(os.listdir(workdir)))
+    save(workdir / "file", {"a": 1})
+    assert len(seen) == 1
+    assert "file" not in seen[0]

@@ -180,11 +180,19 @@ def test_an_image_depends_on_its_class_and_number_alone(pipeline, workdir, model
     assert Path("ranks/manifest.csv").read_text() == Path("whole/manifest.csv").read_text()
 
 
-def test_seed_guidance_and_steps_change_the_images(workdir, models):
-    run(models, "local_two", "set")
-    for flag, value in (("--seed", 1), ("--guidance_scale", 1), ("--steps", 3)):
-        run(models, "local_two", f"other{flag}", flag, value)
+@pytest.mark.parametrize("pipeline", ["local_two", "dit", "stable-diffusion"])
+def test_seed_guidance_and_steps_change_the_images(pipeline, workdir, models):
+    run(models, pipeline, "set", "--per_class", 1)
+    for flag, value in (("--seed", 1), ("--guidance_scale", 4), ("--steps", 3)):
+        run(models, pipeline, f"other{flag}", "--per_class", 1, flag, value)
         assert not images("set").items() & images(f"other{flag}").items()
+
+
+def test_pixels_are_rounded_and_large_pictures_smoothed():
+    assert generate.to_pixels(torch.full((1, 3, 8, 8), 0.501), 8).max() == 128
+    stripes = (torch.arange(64) % 2).float().expand(1, 3, 64, 64)
+    middle = generate.to_pixels(stripes, 32)[0, 8:-8, 8:-8].astype(float)
+    assert abs(middle - 127.5).max() < 5
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -12,9 +12,11 @@ from conftest import REPOSITORY, assert_equal_weights, metrics, stop_after, with
 from PIL import Image
 from processes import Process
 
+from experiment.device import seed_everything
 from experiment.download import sha256
 from experiment.errors import UserError
-from experiment.folder import FORMAT
+from experiment.files import load, save
+from experiment.folder import FORMAT, read_config
 from imagenet import main_train_imagenet as script
 from models import build_model, checksum, load_model, to_checkpoint
 
@@ -199,3 +201,45 @@ def test_the_cifar10_scripts_load_nothing_of_imagenet():
     assert len(paths) > 20
     for path in paths:
         assert not re.search(r"^\s*(from|import) imagenet\b", path.read_text(), re.MULTILINE), path
+
+
+def test_the_seed_decides_the_first_weights(workdir, tiny, monkeypatch):
+    kept = []
+    monkeypatch.setattr(script, "train_one_epoch", lambda model, *_: kept.append(model) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        student(*tiny, "--seed", 3)
+    seed_everything(3)
+    expected = build_model("shufflenet_v2_x1_0", "imagenet", 4)
+    assert torch.equal(kept[0].fc.weight, expected.fc.weight)
+
+
+def test_precision_rates_and_record_of_a_run(workdir, tiny, monkeypatch):
+    """Of two epochs of four batches."""
+    tested, steps, evaluate = [], [], script.evaluate
+
+    def recording(model, loader, amp=None):
+        tested.append((amp, evaluate(model, loader, amp)["accuracy"]))
+        return evaluate(model, loader, amp)
+
+    class Step(script.TrainStep):
+        def __init__(self, *given, **more):
+            super().__init__(*given, **more)
+            steps.append(self)
+
+    monkeypatch.setattr(script, "evaluate", recording)
+    monkeypatch.setattr(script, "TrainStep", Step)
+    monkeypatch.setattr(script, "plot_run", lambda folder: None)
+    student(*tiny, "--amp", "bf16", "--scheduler", "linear", "--limit", 80, "--run_dir", "run")
+    assert [amp for amp, _ in tested] == [None, torch.bfloat16, None]
+    assert steps[0].amp == torch.bfloat16
+    assert [float(row["lr"]) for row in metrics("run")] == [0.01, 0.005]
+    assert read_config(Path("run"))["teacher_accuracy"] == tested[0][1]
+    assert "step" in load("run/last.pt")
+
+
+def test_a_teacher_whose_outputs_are_not_finite_is_refused(workdir, tiny):
+    broken = build_model("shufflenet_v2_x1_0", "imagenet", 4)
+    broken.conv5[1].running_var.fill_(-1)
+    save(Path("broken.pth"), to_checkpoint(broken, tuple(WORDNET_IDS)))
+    with pytest.raises(UserError, match="outputs on the real test images are not finite"):
+        student(*tiny, "--teacher_weights", "broken.pth")

@@ -24,7 +24,15 @@ from experiment.device import MEMORY_FORMAT, seed_everything
 from experiment.errors import UserError
 from experiment.signals import STOP_SIGNALS
 from imagenet.index import ImageFiles, list_images
-from imagenet.loader import FolderLoader, center_view, check_data, load_view, random_view
+from imagenet.loader import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    FolderLoader,
+    center_view,
+    check_data,
+    load_view,
+    random_view,
+)
 
 SIZE = 32
 
@@ -152,6 +160,17 @@ def test_testing_comes_in_order_and_whole(files):
     assert torch.cat([labels for _, labels in batches]).equal(loader.labels)
     assert same(batches, list(loader))
     assert loader.classes == 20
+
+
+def test_training_has_random_views_in_random_order(files):
+    batches = epoch(files, seed=3)
+    seed_everything(3, 1)
+    order, seeds = torch.randperm(120).tolist(), torch.randint(2**63 - 1, (120,)).tolist()
+    assert torch.cat([labels for _, labels in batches]).equal(files.labels[order])
+    first = zip(order[:24], seeds[:24], strict=True)
+    views = torch.stack([load_view(files.path(i), SIZE, seed) for i, seed in first])
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).view(2, 3, 1, 1)
+    torch.testing.assert_close(batches[0][0], (views / 255 - mean) / std)
 
 
 @pytest.mark.parametrize("train", [True, False])

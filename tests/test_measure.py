@@ -44,6 +44,7 @@ def test_what_is_measured(argv, monkeypatch, capsys):
     assert measures["mean_of_cifar10"] == pytest.approx(real.mean(1).tolist())
     assert measures["std_of_cifar10"] == pytest.approx(real.std(1).tolist(), rel=1e-4)
     assert len(measures["mean"]) == len(measures["std"]) == 3
+    assert measures["pixels"] == pytest.approx((53.5**2 + 73.9**2) ** 0.5, abs=5)
     assert measures["pixels_of_test_images"] == pytest.approx(2**0.5 * 73.9, abs=5)  # all is noise
     assert measures["fid"] is None
     assert "FID: not available, for want of torch-fidelity" in capsys.readouterr().out

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import ResNet18_Weights, resnet18, resnet34
+from torchvision.models import ResNet18_Weights, ResNet50_Weights, WeightsEnum, resnet18, resnet34
 
 import data
 import models
@@ -455,3 +455,25 @@ def test_a_random_start_takes_nothing():
     before = model.conv1.weight.clone()
     assert init_from(model, "random") == "random weights"
     assert torch.equal(model.conv1.weight, before)
+
+
+def test_the_weights_of_imagenet_are_the_first_ones_and_are_checked(monkeypatch):
+    asked = []
+
+    def get_state_dict(weights, **more):
+        asked.append((weights, more))
+        return {}
+
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", get_state_dict)
+    with pytest.raises(UserError):
+        init_from(build_model("resnet50"), "imagenet")
+    assert asked == [(ResNet50_Weights.IMAGENET1K_V1, {"progress": False, "check_hash": True})]
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "wrn_16_4"])
+def test_filters_start_as_in_he_et_al(arch):
+    """Normal with the variance 2 / fan_out (arXiv 1502.01852)."""
+    torch.manual_seed(0)
+    for conv in (m for m in build_model(arch).modules() if isinstance(m, nn.Conv2d)):
+        fan_out = conv.out_channels * conv.kernel_size[0] ** 2
+        assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.15)

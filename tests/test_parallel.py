@@ -192,3 +192,13 @@ def test_a_rank_that_does_not_lead_touches_nothing(workdir, monkeypatch, capsys)
             run.log(row(50.0, math.nan))
         run.finish()
     assert not any(workdir.iterdir())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_goes_first(rank, monkeypatch):
+    as_rank(monkeypatch, rank, 2)
+    seen = []
+    monkeypatch.setattr(parallel.dist, "barrier", lambda: seen.append("barrier"))
+    with parallel.rank_zero_first():
+        seen.append("block")
+    assert seen == [["block", "barrier"], ["barrier", "block"]][rank]

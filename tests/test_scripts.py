@@ -35,7 +35,7 @@ from engine import TrainStep, compare, kd_loss, label_loss, predict, score
 from experiment.device import seed_everything
 from experiment.download import sha256
 from experiment.errors import UserError
-from experiment.files import save
+from experiment.files import load, save
 from experiment.folder import read_config
 from models import build_model, load_model, read_weights, to_checkpoint
 from plots import MARK
@@ -192,14 +192,14 @@ def test_what_a_student_trains_on(workdir, cifake, cifar10_binary, monkeypatch):
     teacher_script.main(teacher_script.parse_args([*common, "--init", "random"]))
     config = read_config(Path("runs/teacher-001"))
     assert (config["train_images"], config["test_images"]) == (100, 20)
-    common += ["--synthetic_data_dir", "downloaded"]
     real = load_cifar10(cifar10_binary, train=True)
     test = load_cifar10(cifar10_binary, train=False)
     expected = {"synthetic": load_cifake(cifake), "real": real, "noise": load_noise(n=40)}
     for source, train_set in expected.items():
         loaders.clear()
         argv = [*common, "--limit", "40", "--output", f"{source}.pth"]
-        argv += ["--train_on", source] if source != "synthetic" else ["--download_synthetic"]
+        download = ["--download_synthetic", "--synthetic_data_dir", "downloaded"]
+        argv += download if source == "synthetic" else ["--train_on", source]
         student_script.main(student_script.parse_args(argv))
         (seen,) = [data for train, data in loaders if train]
         assert torch.equal(seen.images, train_set.images[:40]), source
@@ -229,8 +229,8 @@ def test_cifar100_from_class_folders(workdir, cifar100, monkeypatch, capsys):
     teacher_script.main(teacher_script.parse_args(teacher))
     student = [*flags, "--teacher_weights", "teacher.pth", "--output", "student.pth"]
     for source in ("synthetic", "real", "noise"):
-        more = ["--train_on", source] if source != "synthetic" else []
-        more += ["--synthetic_data_dir", str(folder)]
+        synthetic = ["--synthetic_data_dir", str(folder)]
+        more = synthetic if source == "synthetic" else ["--train_on", source]
         student_script.main(student_script.parse_args([*student, *more]))
     with pytest.raises(SystemExit):
         student_script.parse_args([*student, "--download_synthetic"])
@@ -279,7 +279,8 @@ def test_several_teachers_are_one(workdir, demo_teacher, monkeypatch):
         run_student("--teacher_weights", *given)
     configs = {name: read_config(Path(name)) for name in ("one", "two", "both")}
     assert len({config["teacher_sha256"] for config in configs.values()}) == 3
-    assert list(configs["both"]["teacher_files"]) == [str(path) for path in both]
+    assert configs["both"]["teacher_files"] == {str(path): sha256(path) for path in both}
+    assert "step" in load("both/last.pt")  # the scale of the loss in float16
     test_set = load_demo("test").first(48)
     mean = sum(logits_of(path, test_set) for path in both) / 2
     accuracy = score(mean, test_set.labels)["accuracy"]
@@ -587,3 +588,14 @@ def test_both_scripts_run_on_cuda(workdir, monkeypatch):
     if torch.cuda.is_bf16_supported(including_emulation=False):  # float16 records none
         assert all(step.graph is not None for step in steps)
     assert len(steps) == 2
+
+
+def test_the_seed_decides_the_first_weights_of_a_teacher(workdir, monkeypatch):
+    kept = []
+    monkeypatch.setattr(teacher_script, "init_from", lambda model, _: kept.append(model))
+    stop_after(monkeypatch, teacher_script, 0)
+    for seed in (0, 1):
+        with pytest.raises(KeyboardInterrupt):
+            run_teacher("--seed", seed)
+        seed_everything(seed)
+        assert torch.equal(kept[seed].conv1.weight, build_model("wrn_16_1").conv1.weight)

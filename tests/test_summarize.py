@@ -80,3 +80,24 @@ def test_what_is_no_run_is_named(workdir):
     with pytest.raises(UserError, match=r"runs/kd-1/config\.json is not the config\.json of a run"):
         summary("results", "runs/kd-1")
     assert not Path("results").exists()
+
+
+def test_minutes_and_teacher_are_those_of_all_parts_and_seeds(workdir):
+    made_run("runs/kd-0", 70)
+    made_run("runs/kd-1", 72)
+    path = Path("runs/kd-0/config.json")
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"parts": 2 * config["parts"], "teacher_accuracy": 91.0}))
+    Path("runs/kd-0/per_class.csv").touch()
+    (row,) = summary("out", "runs/kd-0", "runs/kd-1")
+    assert (row["minutes"], row["teacher"]) == ("2.25", "92.00")
+    assert Path("out/kd-0/per_class.csv").exists()
+
+
+def test_minutes_of_a_config_without_seconds_are_those_of_its_epochs(workdir):
+    made_run("runs/kd-0", 70)
+    path = Path("runs/kd-0/config.json")
+    path.write_text(path.read_text().replace("seconds", "former"))
+    table = "epoch,train_loss,train_agreement,test_loss,test_accuracy,seconds"
+    Path("runs/kd-0/metrics.csv").write_text(f"{table}\n1,2,50,2,60,30\n2,1,60,1,70,90\n")
+    assert summary("out", "runs/kd-0")[0]["minutes"] == "2.00"

@@ -1,6 +1,7 @@
 """synthetic_data/train_diffusion.py from end to end, on the demo set and on made data."""
 
 import csv
+import math
 from pathlib import Path
 
 import pytest
@@ -205,3 +206,38 @@ def test_flags_of_another_run(workdir, capsys):
     assert (
         "run/last.pt is not a weight file" in fails(train_diffusion, ["--resume", "run"], capsys)[1]
     )
+
+
+def test_labels_are_dropped_as_the_flag_says_and_the_rate_falls_over_all_epochs(
+    workdir, monkeypatch
+):
+    """The fixed loss is that of the average and drops none."""
+    seen, loss = set(), diffusion.diffusion_loss
+
+    def recording(unet, *given):
+        seen.add((unet.training, given[3:]))
+        return loss(unet, *given)
+
+    monkeypatch.setattr(diffusion, "diffusion_loss", recording)
+    train("--label_dropout", 0.3, "--scheduler", "linear", "--limit", 64, "--run_dir", "run")
+    assert seen == {(True, (0.3,)), (False, ())}
+    first, second = (float(row["lr"]) for row in metrics("run"))
+    assert second == pytest.approx(first / 2)
+
+
+def test_the_fixed_loss_is_a_mean_over_images(monkeypatch):
+    """Of batches of 500 and 100."""
+    monkeypatch.setattr(diffusion, "diffusion_loss", lambda *given: given[2].mean())
+    images = torch.zeros(600, 3, 32, 32, dtype=torch.uint8)
+    images[500:] = 255  # 1, and the others -1
+    data = ImageSet(images, torch.zeros(600), ("x",))
+    loss = train_diffusion.fixed_loss(None, None, data, torch.device("cpu"), None)
+    assert loss == pytest.approx(-400 / 600)
+
+
+def test_the_noise_grows_along_a_cosine():
+    """Equation 17 of Nichol & Dhariwal 2021 (arXiv 2102.09672)."""
+    found = diffusion.build_schedule().alphas_cumprod.double()
+    t = torch.arange(1001, dtype=torch.float64) / 1000
+    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+    torch.testing.assert_close(found[:-1], f[1:-1] / f[0], rtol=0, atol=1e-3)
