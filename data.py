@@ -12,6 +12,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
@@ -83,11 +84,11 @@ class ImageSet:
         held[order[counts[copies[order]] == 1][:n]] = True
         if held.sum() < n or n == len(self):
             raise UserError(f"--holdout {n} is too many of {len(self)} training images")
-        rest, held_out = (
-            replace(self, images=self.images[mask], labels=self.labels[mask])
-            for mask in (~held, held)
-        )
-        return rest, held_out
+
+        def part(mask: Tensor) -> ImageSet:
+            return replace(self, images=self.images[mask], labels=self.labels[mask])
+
+        return part(~held), part(held)
 
     def sha256(self) -> str:
         """A checksum of all images and labels."""
@@ -238,35 +239,37 @@ def load_image(path: str | Path) -> Tensor:
 
 def _load_pixels(path: str | Path) -> np.ndarray:
     """uint8 (32, 32, 3), in NumPy: a tensor for each image would take as long as decoding it."""
-    try:
-        if not os.path.isfile(path):  # opening a FIFO would wait for ever
-            raise UserError("not a regular file" if os.path.lexists(path) else "no such file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Pillow warns of is refused here, or harmless
-            with Image.open(path, formats=("JPEG", "PNG")) as picture:
-                pixels = _pixels(picture)  # (H, W, 3)
-    except Exception as error:  # the decoders raise nearly anything on a broken or hostile file
-        told = isinstance(error, (UserError, Image.DecompressionBombError))
-        reason = error if told else getattr(error, "strerror", None)
-        raise UserError(f"{path}: {reason or 'not an image that can be read'}") from error
+    with opened(path) as picture:
+        if picture.format == "PNG" and picture.n_frames > 1:
+            raise UserError("not a still image")
+        if "exif" in picture.info:
+            picture = ImageOps.exif_transpose(picture)
+        pixels = np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))  # (H, W, 3)
     if pixels.shape[:2] == (32, 32):
         return pixels
     image = torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)
     return resize(image, [32, 32], antialias=True).permute(1, 2, 0).numpy()
 
 
-def _pixels(picture: Image.Image) -> np.ndarray:
-    if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:  # before they are decoded
-        raise UserError("too many pixels")
-    if picture.format == "PNG":
-        deep = any("16" in str(tile[3]) for tile in picture.tile)  # its raw mode, "RGB;16B"
-        if deep or picture.mode.startswith("I"):
-            raise UserError("not an image of 8 bits a channel")
-        if picture.n_frames > 1:
-            raise UserError("not a still image")
-    if "exif" in picture.info:
-        picture = ImageOps.exif_transpose(picture)
-    return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
+@contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """A JPEG or PNG that is not decoded yet. Any error in the block becomes a UserError."""
+    try:
+        if not os.path.isfile(path):  # opening a FIFO would wait for ever
+            raise UserError("not a regular file" if os.path.lexists(path) else "no such file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow warns of is refused here, or harmless
+            with Image.open(path, formats=("JPEG", "PNG")) as picture:
+                if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:  # before it is decoded
+                    raise UserError("too many pixels")
+                deep = any("16" in str(tile[3]) for tile in picture.tile)  # its raw mode, "RGB;16B"
+                if deep or picture.mode.startswith("I"):
+                    raise UserError("not an image of 8 bits a channel")
+                yield picture
+    except Exception as error:  # the decoders raise nearly anything on a broken or hostile file
+        told = isinstance(error, (UserError, Image.DecompressionBombError))
+        reason = error if told else getattr(error, "strerror", None)
+        raise UserError(f"{path}: {reason or 'not an image that can be read'}") from error
 
 
 def load_noise(classes: tuple[str, ...] = CLASSES, n: int = 50_000) -> ImageSet:
@@ -355,11 +358,8 @@ class DeviceLoader:
         if self.augment == "reflect":
             first = torch.rand(n, generator=torch.Generator().manual_seed(self.seed)) < 0.5
             draws = (*draws, (first ^ (self.epoch % 2 == 1))[order])
-        order, *draws = (
-            values[: len(self) * self.batch_size]
-            .unflatten(0, (len(self), self.batch_size))[:, own]
-            .to(self.device)
-            for values in (order, *draws)
-        )
-        for index, *values in zip(order, *draws, strict=True):
+        order, *draws = (values.to(self.device) for values in (order, *draws))
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            part = slice(start + own.start, start + own.stop)  # of this rank
+            index, values = order[part], (values[part] for values in draws)
             yield normalize(augment(self.images[index], *values)), self.labels[index]

@@ -72,9 +72,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         help="the training images; noise is uniform [%(default)s]")
     add("--hard_labels", action="store_true",
         help="train on the images' own labels with cross-entropy; the teacher is only tested")
+    need, cifake = parser.add_need, ("cifar10", "synthetic")
+    for flag in ("synthetic_data_dir", "download_synthetic", "train_on"):
+        need(flag, "leaving --demo out", lambda a: not a.demo)
+    need("download_synthetic", "CIFAKE", lambda a: (a.dataset, a.train_on) == cifake)
+    need("synthetic_data_dir", "--train_on synthetic", lambda a: a.train_on == "synthetic")
+    need("temperature", "distillation, not --hard_labels",
+        lambda a: not a.hard_labels or a.holdout > 0)
     # fmt: on
-    temperature = "distillation, not --hard_labels", lambda a: not a.hard_labels or a.holdout > 0
-    parser.add_need("temperature", *temperature)
     flags.add_run_flags(parser, "student", "student_cifar10_kd.pth")
     return folder.parse_args(parser, argv, "student", DEMO)
 
@@ -101,7 +106,7 @@ def main(args: Namespace) -> None:
     # teacher and student, optimizer, scheduler
     seed_everything(args.seed)
     student = models.build_model(args.arch, args.stem, len(test_set.classes))
-    if folder.is_new(args) and isinstance(student, Airbench):
+    if isinstance(student, Airbench):
         student.whiten(data.normalize(train_set.images[:WHITENING_IMAGES]))
     student.to(device)
     distributed = parallel.distribute(student)  # `student` itself without torchrun
@@ -180,9 +185,10 @@ def load_teacher(args: Namespace, classes: tuple[str, ...]) -> tuple[nn.Module, 
             command = "python fine_tune_teacher_cifar10.py" + " --demo" * args.demo
             command += " --dataset cifar100" * (args.dataset == "cifar100")
             raise UserError(f"no teacher at {source}: make one with `{command}`")
-        members.append(models.load_model(path, num_classes=len(classes), classes=list(classes)))
+        member = models.load_model(path, num_classes=len(classes), classes=list(classes))
+        print(f"teacher: {member.spec['arch']} with the {member.spec['stem']} stem, {source}")
+        members.append(member)
         files[source] = sha256(path)
-        print("teacher: {arch} with the {stem} stem, {}".format(source, **members[-1].spec))
     teacher = members[0] if len(members) == 1 else models.Ensemble(members)
     return teacher, models.checksum(teacher), files
 

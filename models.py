@@ -26,7 +26,7 @@ from experiment.download import timeout
 from experiment.errors import UserError
 from experiment.files import load
 from networks.airbench import WIDTHS, Airbench
-from networks.cifar_stems import CIFAR_STEMS, use_cifar_stem
+from networks.cifar_stems import TORCHVISION_NETWORKS, use_cifar_stem
 from networks.wide_resnet import WideResNet
 
 STEMS = ("cifar", "imagenet")
@@ -56,7 +56,7 @@ FOR_32X32 = {
     f"wrn_{depth}_{width}": functools.partial(WideResNet, depth, width)
     for depth, width in ((40, 2), (16, 2), (40, 1), (16, 1), (16, 4))
 } | {name: functools.partial(Airbench, widths) for name, widths in WIDTHS.items()}
-ARCHITECTURES = (*CIFAR_STEMS, *FOR_32X32)
+ARCHITECTURES = (*TORCHVISION_NETWORKS, *FOR_32X32)
 
 
 class Ensemble(nn.Module):
@@ -160,7 +160,7 @@ def _recognise(weights: dict[str, Tensor], path: str | Path, expected: str | Non
     stems = sorted(STEMS, key=lambda stem: stem != expected)
     heads = [len(w) for key, w in weights.items() if key.startswith(HEADS) and w.ndim == 2]
     for arch in ARCHITECTURES if heads else ():
-        for stem in stems if arch in CIFAR_STEMS else ("cifar",):
+        for stem in stems if arch in TORCHVISION_NETWORKS else ("cifar",):
             with torch.device("meta"):  # no memory, and no random numbers are drawn
                 model = build_model(arch, stem, heads[-1])
             with suppress(UserError):
@@ -197,19 +197,19 @@ def init_from(model: nn.Module, source: str | Path) -> str:
         if (kernels.shape[2:], own["conv1.weight"].shape[2:]) == ((7, 7), (3, 3)):
             weights["conv1.weight"] = kernels[:, :, 2:5, 2:5]
             cropped = ", conv1 from the centre of its 7x7 kernels"
-    head, other = (
-        {key: value.shape for key, value in state.items() if key.startswith(HEADS)}
-        for state in (own, weights)
-    )
-    new = {} if head == other else {key: own[key] for key in head}
-    body = {key: value for key, value in weights.items() if not new or key not in other}
-    _load_weights(model, body | new, source)
+
+    def head(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+        return {key: value.shape for key, value in state.items() if key.startswith(HEADS)}
+
+    new = [] if head(own) == head(weights) else list(head(own))
+    body = {key: weights[key] for key in weights if not (new and key.startswith(HEADS))}
+    _load_weights(model, body | {key: own[key] for key in new}, source)
     taken = f"{len(own) - len(new)} of {len(own)} tensors from {source}{cropped}"
     return f"{taken}; new: {', '.join(new) or 'none'}"
 
 
 def _imagenet_weights(model: nn.Module) -> dict[str, Tensor]:
-    if (arch := model.spec["arch"]) not in CIFAR_STEMS:
+    if (arch := model.spec["arch"]) not in TORCHVISION_NETWORKS:
         raise UserError(f"torchvision has no ImageNet weights of {arch}: use --init random")
     weights = torchvision.models.get_model_weights(arch).IMAGENET1K_V1
     try:

@@ -58,9 +58,10 @@ class Muon(Optimizer):
         weight_decay: float = 0.0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        filters, matrices, vectors = [], [], []
-        for p in parameters:
-            (filters if p.ndim == 4 else matrices if p.ndim == 2 else vectors).append(p)
+        parameters = list(parameters)
+        filters = [p for p in parameters if p.ndim == 4]
+        matrices = [p for p in parameters if p.ndim == 2]
+        vectors = [p for p in parameters if p.ndim not in (2, 4)]
         rest = {"momentum": self.OTHER_MOMENTUM, "weight_decay": weight_decay, "muon": False}
         groups = [
             {"params": filters, "lr": lr, "muon": True},

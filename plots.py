@@ -11,11 +11,10 @@ own folder only; in another folder it is an error.
 
 import argparse
 import csv
-import io
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` leaves i
 from data import ImageSet
 from experiment import flags
 from experiment.errors import UserError, one_line_errors
-from experiment.files import atomic_write, check_regular
+from experiment.files import atomic_write, check_regular, write_csv
 
 Metrics = dict[str, list[float]]
 # Which of these columns metrics.csv has tells what was trained. The values: what the column means,
@@ -142,16 +141,6 @@ def save_predictions(
         np.savez_compressed(file, images=images.numpy(), **columns)
     rows = zip(*(column.tolist() for column in table.values()), strict=True)
     write_csv(folder / "predictions.csv", table, rows)
-
-
-def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:
-    """Write a table with a line for each row. Errors: UserError."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode(errors="surrogateescape"))
 
 
 @AS_WRITTEN

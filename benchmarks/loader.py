@@ -17,7 +17,6 @@ runs/loader/DEVICE.json.
 """
 
 import io
-import json
 import statistics
 import sys
 import tempfile
@@ -35,14 +34,15 @@ from torchvision.models import resnet18
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data import opened
 from engine import TrainStep, kd_loss
 from experiment import flags
 from experiment.device import pick_device
 from experiment.errors import one_line_errors
-from experiment.files import atomic_write
+from experiment.files import write_json
 from experiment.folder import provenance
 from imagenet.index import ImageFiles, list_images
-from imagenet.loader import IMAGENET_MEAN, IMAGENET_STD, FolderLoader, opened, random_view
+from imagenet.loader import IMAGENET_MEAN, IMAGENET_STD, FolderLoader, random_view
 
 # Width, height and quality of the JPEGs: a typical photo of ImageNet, and a picture of SDXL's size.
 SIZES = {"500x375": (500, 375, 93), "1024x1024": (1024, 1024, 80)}
@@ -235,8 +235,7 @@ def main(args: Namespace) -> None:
     report(results)
     args.output.mkdir(parents=True, exist_ok=True)
     name = "cpu" if device.type == "cpu" else results["hardware"].replace(" ", "_")
-    with atomic_write(args.output / f"{name}.json") as file:
-        file.write((json.dumps(results, indent=2) + "\n").encode())
+    write_json(args.output / f"{name}.json", results)
     print(f"written: {args.output / name}.json")
 
 

@@ -54,7 +54,7 @@ from engine import TrainStep, evaluate, kd_loss, label_loss, train_one_epoch
 from experiment import flags
 from experiment.device import pick_device
 from experiment.errors import one_line_errors
-from experiment.files import atomic_write
+from experiment.files import write_json
 from experiment.folder import provenance
 from models import STEMS, build_model, cast_weights_
 from networks.airbench import Airbench
@@ -532,8 +532,7 @@ def main(args: Namespace) -> None:
                 results |= measure(args, device)
                 report(results)
     args.output.mkdir(parents=True, exist_ok=True)
-    with atomic_write(args.output / f"{name}.json") as file:
-        file.write((json.dumps(results, indent=2) + "\n").encode())
+    write_json(args.output / f"{name}.json", results)
     if "stems" in results:
         draw_chart(results, args.output / f"{name}.png")
     print(f"written: {args.output / name}.json")

@@ -1,14 +1,16 @@
 """Files that are complete or absent: atomic writes, safe loads, nothing overwritten."""
 
+import csv
 import io
 import itertools
+import json
 import os
 import sys
 import time
 import uuid
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -36,6 +38,22 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             name.unlink()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value`, in which other types become strings. Errors: UserError."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(value, indent=2, default=str) + "\n").encode())
+
+
+def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:
+    """Write a table with a line for each row. Errors: UserError."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode(errors="surrogateescape"))
 
 
 def _replace(name: Path, path: Path) -> None:

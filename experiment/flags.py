@@ -87,7 +87,7 @@ def parse(parser: Parser, argv: Sequence[str] | None, demo: dict | None = None) 
         parser.set_defaults(**demo)
     args = parser.parse_args(argv)
     for flag, needs, has in parser.needs:
-        if getattr(args, flag, None) != parser.get_default(flag) and not has(args):
+        if getattr(args, flag) != parser.get_default(flag) and not has(args):
             parser.error(f"--{flag} needs {needs}")
     return args
 
@@ -131,11 +131,8 @@ def add_data_flags(parser: Parser, demo: dict) -> argparse._ArgumentGroup:
         help="use small drawn pictures instead of data, about a minute on a CPU; the defaults are "
         f"then {changes}, and runs go to runs/demo")
     # fmt: on
-    for flag in ("dataset", "data_dir", "synthetic_data_dir", "download_synthetic", "train_on"):
+    for flag in ("dataset", "data_dir"):
         need(flag, "leaving --demo out", lambda a: not a.demo)
-    cifake = ("cifar10", "synthetic")
-    need("download_synthetic", "CIFAKE", lambda a: (a.dataset, a.train_on) == cifake)
-    need("synthetic_data_dir", "--train_on synthetic", lambda a: a.train_on == "synthetic")
     return group
 
 

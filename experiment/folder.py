@@ -20,7 +20,7 @@ import torchvision
 from experiment import flags, parallel
 from experiment.device import hardware
 from experiment.errors import UserError
-from experiment.files import atomic_write, check_regular
+from experiment.files import check_regular, write_csv
 
 try:
     import fcntl
@@ -34,9 +34,9 @@ CHECKPOINTS = ("last.pt", "best.pt", LOCK)
 OTHER_SUFFIXES = (".json", ".csv", ".png", ".npz", ".tmp")
 # Where files are and what computes: only these flags may change when a run is resumed.
 MAY_CHANGE_ON_RESUME = (
-    *("resume", "output", "data_dir", "synthetic_data_dir", "val_dir", "teacher_weights"),
-    *("label_file", "device", "no_cuda_graph", "workers"),
-)
+    "resume output data_dir synthetic_data_dir val_dir teacher_weights label_file "
+    "device no_cuda_graph workers"
+).split()
 
 
 def parse_args(
@@ -118,17 +118,10 @@ def check_parts(config: dict, folder: Path) -> None:
         raise UserError(f"{folder / 'config.json'} is not the config.json of a run") from error
 
 
-def write_config(folder: Path, config: dict) -> None:
-    """Write config.json. Errors: UserError."""
-    with atomic_write(folder / "config.json") as file:
-        file.write((json.dumps(config, indent=2, default=str) + "\n").encode())
-
-
 def write_metrics(folder: Path, history: list[dict[str, float]]) -> None:
     """Write metrics.csv, a line for each row. Errors: UserError."""
-    lines = [",".join(f"{row[column]:.7g}" for column in history[0]) for row in history]
-    with atomic_write(folder / "metrics.csv") as file:
-        file.write("\n".join([",".join(history[0]), *lines, ""]).encode())
+    rows = ([f"{row[column]:.7g}" for column in history[0]] for row in history)
+    write_csv(folder / "metrics.csv", history[0], rows)
 
 
 def claim_folder(run_dir: Path | None, name: str, output: Path) -> Path:

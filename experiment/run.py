@@ -28,7 +28,7 @@ import torch
 from experiment import folder, parallel
 from experiment.device import seed_everything
 from experiment.errors import Stopped, UserError
-from experiment.files import load, save, save_without_overwriting, to_cpu
+from experiment.files import load, save, save_without_overwriting, to_cpu, write_json
 from experiment.progress import Progress
 from experiment.signals import StopSignals
 
@@ -282,7 +282,7 @@ class Run:
 
     def _write_config(self) -> None:
         self._stamp()
-        folder.write_config(self.folder, self.config)
+        write_json(self.folder / "config.json", self.config)
 
     def __enter__(self) -> "Run":
         self.signals.install()

@@ -5,14 +5,11 @@
 Workers decode, crop and resize to uint8. Batches are normalised on the device.
 """
 
-import math
 import os
 import signal
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -22,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
-from data import check_batch_size
+from data import check_batch_size, opened
 from experiment import parallel
 from experiment.device import MEMORY_FORMAT
 from experiment.errors import UserError
@@ -35,23 +32,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 # ------------------------------------------------------------------------------------------- views
-
-
-@contextmanager
-def opened(path: str) -> Iterator[Image.Image]:
-    """A JPEG or PNG that is not decoded yet. Any error in the block becomes a UserError."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Pillow warns of is refused, or harmless
-            with Image.open(path, formats=("JPEG", "PNG")) as picture:
-                if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:  # before it is decoded
-                    raise ValueError("too many pixels")
-                deep = any("16" in str(tile[3]) for tile in picture.tile)  # its raw mode, "RGB;16B"
-                if picture.mode.startswith(("I", "F")) or deep:
-                    raise ValueError("it does not have 8 bits a channel")
-                yield picture
-    except Exception as error:  # the decoders raise nearly anything on a broken or hostile file
-        raise UserError(f"{path}: not an image that can be read: {error}") from error
 
 
 def load_view(path: str, size: int, seed: int | None) -> Tensor:
@@ -203,9 +183,10 @@ class FolderLoader:
         """This rank's slice of every batch: indices in random order, and a seed for each view."""
         order = torch.randperm(len(self.labels)).numpy()
         seeds = torch.randint(2**63 - 1, (len(order),)).numpy()
-        shape, own = (len(self), self.batch_size), parallel.rank_slice(self.batch_size)
-        order, seeds = (x[: math.prod(shape)].reshape(shape)[:, own] for x in (order, seeds))
-        return list(zip(order, seeds, strict=True))
+        own = parallel.rank_slice(self.batch_size)
+        starts = range(0, len(self) * self.batch_size, self.batch_size)
+        parts = [slice(start + own.start, start + own.stop) for start in starts]
+        return [(order[part], seeds[part]) for part in parts]
 
     def _test_schedule(self) -> list[tuple[np.ndarray, None]]:
         """This rank's slice of the images, in order and without seeds."""

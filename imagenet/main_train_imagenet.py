@@ -31,11 +31,10 @@ from experiment.run import Run
 from imagenet.index import ImageFiles, check_same_classes, list_images, read_classes
 from imagenet.loader import FolderLoader, check_data
 from models import build_model, cast_weights_, checksum, describe, init_from, load_model
-from networks.cifar_stems import CIFAR_STEMS
+from networks.cifar_stems import TORCHVISION_NETWORKS
 from optimizers import build_optimizer, build_scheduler
 from plots import plot_run
 
-NETWORKS = CIFAR_STEMS  # torchvision's, with their own stems
 # The published recipe.
 RECIPE = dict(epochs=100, batch_size=256, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4)
 RECIPE |= dict(scheduler="multistep", milestones=[0.3, 0.6, 0.9], gamma=0.1)
@@ -43,7 +42,7 @@ RECIPE |= dict(scheduler="multistep", milestones=[0.3, 0.6, 0.9], gamma=0.1)
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = flags.Parser(__doc__)
-    networks = f"one of {', '.join(NETWORKS)}"
+    networks = f"one of {', '.join(TORCHVISION_NETWORKS)}"
     count, side = flags.int_in(1, 10**9), flags.int_in(32, 4096)
     add = parser.add_argument_group("data").add_argument
     # fmt: off
@@ -62,7 +61,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         help="processes that decode training images, and as many again for test images, for each "
         "GPU; no effect on results [%(default)s]")
     add = parser.add_argument_group("student").add_argument
-    add("--arch", choices=NETWORKS, default="resnet18", metavar="NAME",
+    add("--arch", choices=TORCHVISION_NETWORKS, default="resnet18", metavar="NAME",
         help=f"{networks} [%(default)s]")
     flags.add_optimisation_flags(parser, RECIPE)
     add = parser.add_argument_group("distillation").add_argument
@@ -148,7 +147,7 @@ def load_teacher(args: Namespace) -> tuple[nn.Module, str, dict[str, str]]:
     source, files = args.teacher_weights, {}
     if source == "random":
         teacher = build_model(args.arch, "imagenet", args.num_classes)
-    elif source not in NETWORKS:
+    elif source not in TORCHVISION_NETWORKS:
         path = local_file(source)
         teacher = load_model(path, stem="imagenet", num_classes=args.num_classes)
         files[source] = sha256(path)

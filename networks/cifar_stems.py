@@ -2,11 +2,13 @@
 
 from torch import nn
 
-CIFAR_STEMS = tuple("resnet18 resnet34 resnet50 vgg11_bn mobilenet_v2 shufflenet_v2_x1_0".split())
+TORCHVISION_NETWORKS = tuple(
+    "resnet18 resnet34 resnet50 vgg11_bn mobilenet_v2 shufflenet_v2_x1_0".split()
+)
 
 
 def use_cifar_stem(model: nn.Module, arch: str) -> None:
-    """Change a network of torchvision, one of CIFAR_STEMS, in place."""
+    """Change a network of TORCHVISION_NETWORKS in place."""
     if arch.startswith("resnet"):  # 3x3, no pooling (He et al. 2016, arXiv 1512.03385, section 4.2)
         model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")

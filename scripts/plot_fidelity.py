@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiment import flags
 from experiment.errors import UserError, one_line_errors
-from experiment.files import atomic_write
-from plots import read_metrics, write_csv
+from experiment.files import atomic_write, write_csv
+from plots import read_metrics
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:

@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiment import flags
 from experiment.errors import UserError, one_line_errors
-from experiment.files import atomic_write
+from experiment.files import atomic_write, write_csv
 from experiment.folder import MAY_CHANGE_ON_RESUME
-from plots import read_metrics, write_csv
+from plots import read_metrics
 
 KEPT = ("config.json", "metrics.csv", "per_class.csv")
 ENDS = {"train_agreement": 2, "val_kd_loss": 4, "val_agreement": 2}

@@ -29,8 +29,8 @@ from torchvision.utils import make_grid
 
 from data import CLASSES
 from experiment.errors import UserError
-from experiment.files import atomic_write
-from experiment.folder import FORMAT, read_config, write_config
+from experiment.files import atomic_write, write_json
+from experiment.folder import FORMAT, read_config
 from synthetic_data.classes import Category
 
 # Flags that may differ when a stopped job is resumed: they change no image, but for rounding. The
@@ -57,9 +57,6 @@ class Plan:
 
     def __len__(self) -> int:
         return len(self.categories) * self.args.per_class
-
-    def label(self, n: int) -> int:
-        return n % len(self.categories)
 
     def file(self, n: int) -> str:
         """The path in images/: CIFAKE's names for CIFAR-10, see `data.cifake_label`; else folders.
@@ -109,7 +106,7 @@ class Plan:
         args = self.args
         yield "file", "class", "prompt", "seed", "guidance_scale", "steps", "model"
         for n in range(len(self)):
-            name, seed = self.categories[self.label(n)].name, self.image_seed(n)
+            name, seed = self.categories[n % len(self.categories)].name, self.image_seed(n)
             origin = (args.guidance_scale, args.steps, self.model)
             yield f"images/{self.file(n)}", name, self.condition(n), seed, *origin
 
@@ -140,14 +137,14 @@ def claim(args: Namespace, identity: dict, part: dict) -> None:
         return
     args.output.mkdir(parents=True, exist_ok=True)
     config = {"name": "images", "format": FORMAT, **identity, "args": stored, "parts": [part]}
-    write_config(args.output, config)
+    write_json(args.output / "config.json", config)
     images.mkdir(exist_ok=True)  # last: another process that sees it has to find config.json
 
 
 def add_part(output: Path, part: dict) -> None:
     """Add the provenance of a resumed job's images to config.json. Errors: UserError."""
     config = read_config(output)
-    write_config(output, {**config, "parts": [*config["parts"], part]})
+    write_json(output / "config.json", {**config, "parts": [*config["parts"], part]})
 
 
 def discard(output: Path) -> None:

@@ -43,7 +43,7 @@ from engine import predict
 from experiment import flags
 from experiment.device import pick_device
 from experiment.errors import UserError, one_line_errors
-from experiment.files import atomic_write
+from experiment.files import atomic_write, write_json
 from models import load_model
 
 RESULTS = ("measures.json", "nearest.png")
@@ -78,9 +78,8 @@ def main(args: Namespace) -> None:
     torch.set_float32_matmul_precision("highest")  # distances of near copies are small differences
     teacher = load_model(args.teacher_weights, num_classes=10, classes=list(CLASSES)).to(device)
     generated = load_cifake(args.images, args.limit)
-    train_set, test_set = (
-        load_cifar10(args.data_dir, train=train).first(args.limit) for train in (True, False)
-    )
+    train_set = load_cifar10(args.data_dir, train=True).first(args.limit)
+    test_set = load_cifar10(args.data_dir, train=False).first(args.limit)
     args.output.mkdir(parents=True, exist_ok=True)
 
     logits = predict(teacher, DeviceLoader(generated, TEST_BATCH_SIZE, device, train=False))
@@ -114,8 +113,7 @@ def main(args: Namespace) -> None:
     ]
     apart = torch.linspace(0, len(samples) - 1, min(24, len(samples))).long()
     rows = torch.stack([column[apart] for column in columns], dim=1)  # (24, 3, 3, 32, 32)
-    with atomic_write(args.output / "measures.json") as file:
-        file.write((json.dumps(measures, indent=2) + "\n").encode())
+    write_json(args.output / "measures.json", measures)
     with atomic_write(args.output / "nearest.png") as file:
         save_image(rows.flatten(0, 1) / 255, file, nrow=12, format="png")
     print(json.dumps(measures, indent=2))

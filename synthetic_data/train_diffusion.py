@@ -24,11 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import REAL_SETS, ImageSet, check_batch_size
 from engine import TrainStep, train_one_epoch
-from experiment import flags, parallel
+from experiment import flags, folder, parallel
 from experiment.device import MEMORY_FORMAT, pick_device, seed_everything
 from experiment.errors import UserError, one_line_errors
 from experiment.files import atomic_write
-from experiment.folder import parse_args as parse_run_args
 from experiment.run import Run
 from optimizers import build_optimizer, build_scheduler
 from plots import plot_run
@@ -63,7 +62,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     # fmt: on
     flags.add_optimisation_flags(parser, RECIPE)
     flags.add_run_flags(parser, "diffusion", "diffusion_cifar10.pth")
-    args = parse_run_args(parser, argv, "diffusion", DEMO)
+    args = folder.parse_args(parser, argv, "diffusion", DEMO)
     if args.channels % 8:
         parser.error(f"--channels {args.channels} is no multiple of 8")
     return args
@@ -75,11 +74,11 @@ def main(args: Namespace) -> None:
     device, amp = pick_device(args.device, args.amp)
 
     # data
-    load_real = REAL_SETS[args.dataset]
-    train_set, test_set = (
-        (load_demo(part) if args.demo else load_real(args.data_dir, part == "train"))
-        for part in ("train", "test")
-    )
+    if args.demo:
+        train_set, test_set = load_demo("train"), load_demo("test")
+    else:
+        load = REAL_SETS[args.dataset]
+        train_set, test_set = load(args.data_dir, train=True), load(args.data_dir, train=False)
     train_set, test_set = train_set.first(args.limit), test_set.first(args.limit)
     train_loader = MirroredLoader(train_set, args.batch_size, device)
 
@@ -108,7 +107,7 @@ def main(args: Namespace) -> None:
             train = train_one_epoch(unet, train_loader, step, scheduler, run.on_batch)
             row = {"train_loss": train["loss"]}
             row["test_loss"] = fixed_loss(ema.model, noise_schedule, test_set, device, amp)
-            run.log({**row, "images_per_second": train["images_per_second"]})
+            run.log(row | {"images_per_second": train["images_per_second"]})
         draw_samples(ema.model, len(train_set.classes), run.folder / "samples.png", device, amp)
         run.finish()
 

@@ -61,12 +61,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--quality", type=flags.int_in(1, 95), default=5, metavar="N",
         help="quality of the JPEGs [%(default)s]")
     # fmt: on
-    needs = {"count": ("subset",), "teacher_weights": JUDGED}
-    needs |= {"radius": ("blur",), "quality": ("jpeg",)}
-    for flag, kinds in needs.items():
-        parser.add_need(
-            flag, f"KIND {' or '.join(kinds)}", lambda args, kinds=kinds: args.kind in kinds
-        )
+    need = parser.add_need
+    need("count", "KIND subset", lambda a: a.kind == "subset")
+    need("teacher_weights", f"KIND {' or '.join(JUDGED)}", lambda a: a.kind in JUDGED)
+    need("radius", "KIND blur", lambda a: a.kind == "blur")
+    need("quality", "KIND jpeg", lambda a: a.kind == "jpeg")
     return flags.parse(parser, argv)
 
 

@@ -245,7 +245,7 @@ def test_a_config_that_changes_before_the_lock_is_read_again(workdir, monkeypatc
     def late(path: Path):
         config = read_config(path)
         config["parts"][0]["seconds"] = 77.0
-        folder.write_config(path, config)
+        files.write_json(path / "config.json", config)
         return lock(path)
 
     monkeypatch.setattr(folder, "lock", late)

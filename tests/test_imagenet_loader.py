@@ -286,13 +286,13 @@ def test_a_side_of_160_pixels_is_no_depth_of_16_bits(tmp_path, suffix):
 
 def test_sixteen_bits_are_refused(tmp_path):
     Image.fromarray(np.zeros((40, 40), np.uint16)).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match="it does not have 8 bits a channel"):
+    with pytest.raises(UserError, match="not an image of 8 bits a channel"):
         load_view(str(tmp_path / "a.png"), SIZE, None)
 
 
 def test_an_image_that_is_gone_is_named(files, tmp_path):
     gone = ImageFiles(str(tmp_path), files.names, files.labels, files.classes)
-    with pytest.raises(UserError, match=r"jpg: not an image that can be read: .*No such file"):
+    with pytest.raises(UserError, match=r"jpg: no such file"):
         epoch(gone)
 
 

@@ -15,7 +15,7 @@ from data import normalize
 from experiment.device import MEMORY_FORMAT
 from experiment.errors import UserError
 from models import Ensemble, build_model, cast_weights_, init_from, load_model, to_checkpoint
-from networks.cifar_stems import CIFAR_STEMS
+from networks.cifar_stems import TORCHVISION_NETWORKS
 
 CLASSES = tuple("abcdefghij")
 
@@ -229,7 +229,7 @@ def test_of_two_networks_in_a_file_none_is_taken_by_chance(tmp_path):
 @pytest.mark.slow
 def test_every_architecture_is_known_again_by_its_shapes(candidates):
     for arch in models.ARCHITECTURES:
-        for stem in models.STEMS if arch in CIFAR_STEMS else ("cifar",):
+        for stem in models.STEMS if arch in TORCHVISION_NETWORKS else ("cifar",):
             with torch.device("meta"):
                 weights = build_model(arch, stem, num_classes=3).state_dict()
             found = models._recognise(weights, "model.pth")
