@@ -55,8 +55,8 @@ class TrainStep:
 
     In float16 the loss is scaled, so that small gradients do not vanish. A step whose gradients
     overflow changes only BatchNorm's statistics and the scale, which is the state of a TrainStep.
-    (An overflow in the forward pass makes the loss nan.) Detecting it waits for the device once a
-    step, so there is no graph in float16 (torch.amp.GradScaler).
+    Detecting that waits for the device once a step, so there is no graph in float16
+    (torch.amp.GradScaler). An overflow in the forward pass is not caught: it makes the loss nan.
     """
 
     WARM_UP = 3  # ordinary steps before the capture: cuDNN chooses, the optimizer makes its state

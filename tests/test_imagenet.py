@@ -218,8 +218,9 @@ def test_precision_rates_and_record_of_a_run(workdir, tiny, monkeypatch):
     tested, steps, evaluate = [], [], script.evaluate
 
     def recording(model, loader, amp=None):
-        tested.append((amp, evaluate(model, loader, amp)["accuracy"]))
-        return evaluate(model, loader, amp)
+        result = evaluate(model, loader, amp)
+        tested.append((amp, result["accuracy"]))
+        return result
 
     class Step(script.TrainStep):
         def __init__(self, *given, **more):
