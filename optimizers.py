@@ -1,6 +1,7 @@
 """The optimizers and the learning-rate schedules."""
 
 import math
+import warnings
 from argparse import Namespace
 from collections.abc import Iterable
 
@@ -28,6 +29,7 @@ def build_optimizer(model: nn.Module, args: Namespace, amp: torch.dtype | None =
     cuda = parameters[0].is_cuda
     options = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": cuda}
     if args.optimizer == "adam":  # capturable: it counts its steps on the device, for a CUDA graph
+        warnings.filterwarnings("ignore", message="This instance was constructed with capturable")
         return torch.optim.Adam(parameters, **options, capturable=cuda)
     return torch.optim.SGD(parameters, **options, momentum=args.momentum, nesterov=args.nesterov)
 

@@ -12,11 +12,14 @@ own folder only; in another folder it is an error.
 import argparse
 import csv
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+os.environ["MPLBACKEND"] = "agg"  # a notebook names its own, which a venv of ours does not have
 
 import matplotlib
 import numpy as np

@@ -24,7 +24,7 @@ def pick_device(name: str, amp: str) -> tuple[torch.device, torch.dtype | None]:
     `name` is auto (the accelerator that PyTorch finds, else the CPU), cpu, cuda, cuda:N, mps, xpu
     or xpu:N. `amp` is bf16, fp16, off or auto: bfloat16 where the device `has_bfloat16`, float16 on
     older CUDA GPUs, else off. Each rank of a job has a GPU of its own. Errors: UserError when there
-    is no such device, PyTorch cannot use it, or it is not made for several ranks.
+    is no such device, PyTorch cannot use it, or it is not made for several ranks or for float16.
     """
     device = torch.device("cpu" if name == "auto" else name)
     if name == "auto" and torch.accelerator.is_available():
@@ -39,6 +39,8 @@ def pick_device(name: str, amp: str) -> tuple[torch.device, torch.dtype | None]:
         count = backend.device_count() if backend.is_available() else 0
         if not 0 <= (device.index or 0) < count:  # PyTorch reads cuda:999 as cuda:-25
             raise UserError(f"--device {name}: PyTorch finds {count} {device.type} devices here")
+    if amp == "fp16" and device.type not in ("cuda", "cpu"):  # the loss scaler computes in float64
+        raise UserError(f"--amp fp16 is for CUDA and CPUs, not for {device.type}: use bf16 or off")
     if device.type == "cuda":
         _prepare_cuda(device)
     keep_freed_memory()

@@ -12,7 +12,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO
 
 import torch
@@ -42,8 +42,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 def write_json(path: Path, value: object) -> None:
     """Write `value`, in which other types become strings. Errors: UserError."""
+
+    def text(other: object) -> str:  # of a path, one that every system reads
+        return other.as_posix() if isinstance(other, PurePath) else str(other)
+
     with atomic_write(path) as file:
-        file.write((json.dumps(value, indent=2, default=str) + "\n").encode())
+        file.write((json.dumps(value, indent=2, default=text) + "\n").encode())
 
 
 def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 TIMEOUT = timedelta(hours=1)  # for rank 0's downloads: torchrun notices a dead rank earlier
+LOST = "another process of this job has died, or cannot be reached"
 TORCHRUN_SETS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -142,7 +143,7 @@ def gather_rows(own: Tensor, n: int) -> Tensor:
 
 
 def is_lost_rank(error: BaseException | None) -> bool:
-    """Whether `error` means that another rank has died."""
+    """Whether `error` is one of the communication between ranks: most likely one has died."""
     signs = ("gloo", "nccl", "peer", "tcpstore")
     return (
         world_size() > 1

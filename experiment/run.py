@@ -14,6 +14,7 @@ runs/student-001/
 import copy
 import math
 import shlex
+import subprocess
 import sys
 import time
 import uuid
@@ -212,6 +213,10 @@ class Run:
                 loaded = {**part.state_dict(), "state": loaded["state"]}
             part.load_state_dict(loaded)
         optimizer, scheduler = self.state["optimizer"], self.state["scheduler"]
+        for weight, buffers in optimizer.state.items():  # a Mac's have a layout that CUDA refuses
+            for key, value in buffers.items():
+                if isinstance(value, torch.Tensor) and value.shape == weight.shape:
+                    buffers[key] = torch.empty_like(weight).copy_(value)
         for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = float(lr)
         self.history = saved["history"]
@@ -302,8 +307,7 @@ class Run:
                 self.lock.close()
         if parallel.is_rank_zero() and parallel.is_lost_rank(error):
             raise UserError(
-                f"{error}: another process of this job has died; resume with "
-                f"{self._resume_command()}"
+                f"{error}: {parallel.LOST}; resume with {self._resume_command()}"
             ) from error
         if error is None and self.signals.received:
             self._stop(self.signals.received)
@@ -318,4 +322,5 @@ class Run:
         script, *flags = sys.argv
         if not self.args.resume:  # else with the same flags again, such as another --data_dir
             flags = ["--resume", self.folder.as_posix()]
-        return f"{parallel.launcher()} {shlex.join([Path(script).as_posix(), *flags])}"
+        join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
+        return f"{parallel.launcher()} {join([Path(script).as_posix(), *flags])}"

@@ -25,3 +25,4 @@ if [ ! -e "$installed" ]; then
     touch "$installed"
 fi
 export PATH="$environment/bin:$PATH"
+export MPLBACKEND=agg # a notebook names its own, which this environment does not have

@@ -191,6 +191,33 @@ def test_a_run_is_resumed_with_all_it_had(decay, workdir):
         assert torch.equal(momentum, second["optimizer"].state[b]["momentum_buffer"])
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_a_run_from_a_mac_gets_the_layout_of_this_device(optimizer, workdir):
+    """Fused updates of CUDA refuse momentum in another layout than the weights'."""
+
+    def state(layout: torch.memory_format) -> dict:
+        state = tiny_state()
+        model = torch.nn.Conv2d(3, 4, 3).to(memory_format=layout)
+        options = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
+        rule = optimizer(model.parameters(), 0.1, **options)
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+        rule.step()
+        state["scheduler"].optimizer = rule
+        return {**state, "model": model, "optimizer": rule}
+
+    on_mac, here = state(torch.contiguous_format), state(torch.channels_last)
+    with make_run(on_mac) as made:
+        log(made, 40.0)
+    next(resumed(made.folder, here).epochs())
+    weight, old = here["model"].weight, on_mac["optimizer"].state[on_mac["model"].weight]
+    buffers = here["optimizer"].state[weight]
+    assert buffers.keys() == old.keys()
+    for name, value in buffers.items():
+        assert torch.equal(value, old[name])
+        if value.ndim:
+            assert value.stride() == weight.stride() != old[name].stride()
+
+
 def test_a_resumed_epoch_draws_what_the_unbroken_one_would_have(workdir):
     whole = [torch.rand(3).tolist() for _ in make_run(epochs=3).epochs()]
     assert whole[0] != whole[1] != whole[2] != whole[0]
@@ -610,15 +637,17 @@ def test_a_signal_ends_a_run_with_what_is_finished(number, workdir, capsys):
     assert signal.getsignal(number) == before
 
 
-def test_a_resumed_run_is_resumed_with_the_same_flags_again(workdir, monkeypatch):
+@pytest.mark.parametrize(("platform", "quoted"), [("linux", "'the data'"), ("win32", '"the data"')])
+def test_a_resumed_run_is_resumed_with_the_same_flags_again(platform, quoted, workdir, monkeypatch):
     """Its data may have moved."""
     with make_run() as made:
         log(made, 40.0)
+    monkeypatch.setattr(run.sys, "platform", platform)
     flags = ["--resume", "runs/student-001", "--data_dir", "the data"]
     monkeypatch.setattr(sys, "argv", ["main.py", *flags])
     with pytest.raises(Stopped) as stop, resumed(made.folder):
         signal.raise_signal(signal.SIGTERM)
-    command = "python main.py --resume runs/student-001 --data_dir 'the data'"
+    command = f"python main.py --resume runs/student-001 --data_dir {quoted}"
     assert str(stop.value).splitlines()[-1] == command
 
 

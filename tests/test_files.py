@@ -1,17 +1,18 @@
 """Files are whole or not there, and no network is lost."""
 
 import errno
+import json
 import os
 import stat
 from contextlib import nullcontext
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import pytest
 import torch
 
 from experiment import files
 from experiment.errors import UserError
-from experiment.files import atomic_write, load, save, save_without_overwriting
+from experiment.files import atomic_write, load, save, save_without_overwriting, write_json
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_litter(workdir):
@@ -109,6 +110,11 @@ def test_a_folder_in_the_way_stays(workdir):
     with pytest.raises(UserError, match=r"student\.pth is not a regular file"):
         save_without_overwriting(workdir / "student.pth", {"a": 1})
     assert os.listdir(workdir) == ["student.pth"]
+
+
+def test_other_systems_read_the_paths_of_windows(workdir):
+    write_json(Path("config.json"), {"args": {"data_dir": PureWindowsPath("C:\\data", "cifar")}})
+    assert json.loads(Path("config.json").read_text()) == {"args": {"data_dir": "C:/data/cifar"}}
 
 
 def test_a_bit_that_a_disk_has_flipped_is_noticed(workdir):

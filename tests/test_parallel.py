@@ -144,7 +144,7 @@ def test_a_rank_that_dies_ends_the_job_which_can_be_resumed(workdir):
     os.kill(next(int(pid) for pid in children if is_rank_one(pid)), signal.SIGKILL)
     _, stderr = two.communicate(timeout=60)
     assert two.returncode != 0
-    said = r"(another process of this job has died|stopped after epoch \d+ of 8); resume with\s"
+    said = rf"({parallel.LOST}|stopped after epoch \d+ of 8); resume with\s"
     command = shlex.split(re.search(rf"{said}(torchrun .*)", stderr)[2])
     assert command == ["torchrun", "--nproc_per_node=2", STUDENT, "--resume", "run"]
     assert 0 < len(metrics("run")) < 8

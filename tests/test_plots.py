@@ -1,11 +1,14 @@
 import csv
 import io
 import os
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -338,6 +341,14 @@ def test_damaged_tables_are_named(name, content, student, figures):
 
 
 # ------------------------------------------------------------------------------------ the command
+
+
+def test_the_backend_of_a_notebook_is_not_needed():
+    """Its kernel names one in the environment, which a virtual environment may lack."""
+    environment = {**os.environ, "MPLBACKEND": "module://missing_inline.backend"}
+    command = [sys.executable, "-c", "import plots"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_command_redraws_or_overlays(student, workdir, capsys, figures):

@@ -167,6 +167,13 @@ def test_torchrun_is_for_cuda_and_cpus(monkeypatch):
         pick_device("mps", "auto")
 
 
+def test_float16_is_for_cuda_and_cpus(monkeypatch):
+    monkeypatch.setattr(torch, "get_device_module", lambda _: Backend(1))
+    with pytest.raises(UserError, match="--amp fp16 is for CUDA and CPUs, not for mps"):
+        pick_device("mps", "fp16")
+    assert pick_device("mps", "bf16")[1] == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("cuda_has_bfloat16", "expected"), [(True, torch.bfloat16), (False, torch.float16)]
 )
