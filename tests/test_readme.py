@@ -177,6 +177,18 @@ def test_settings_leave_the_other_students_out(workdir, monkeypatch):
     assert sum("variants.py" in line for line in started) == 1
 
 
+def test_students_of_small_sets_see_as_many_views(workdir, monkeypatch):
+    """The stand-in for variants.py makes 50 images, so 50,000 views are a thousand epochs."""
+    monkeypatch.setenv("EPOCHS", "3")
+    started = started_by(workdir, "findings.sh", "teacher.pth", "0")
+    students = [shlex.split(line)[1:] for line in started if line.startswith("main_train")]
+    given = {args.run_dir.name: args.epochs for args in map(student_script.parse_args, students)}
+    variants = ("disputed", "agreed", "undivided", "blur", "jpeg", "images_5000", "images_25000")
+    assert [given[f"{name}-0"] for name in variants] == [3000] * len(variants)
+    others = ("cifake", "temperature_4", "of_teacher_2", "epochs_16")
+    assert [given[f"{name}-0"] for name in others] == [3, 3, 3, 16]
+
+
 def test_settings_leave_the_teachers_of_other_pairs_out(workdir, monkeypatch):
     monkeypatch.setenv("SETTINGS", "vgg11_bn_to_resnet18")
     started = started_by(workdir, "pairs.sh", "0")
