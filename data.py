@@ -171,7 +171,8 @@ def cifake_label(path: str) -> int:
     pattern = r"\d+(?: \(([2-9]|10)\))?\.(?:jpe?g|png)"
     match = re.fullmatch(pattern, os.path.basename(path), re.ASCII | re.IGNORECASE)
     if match is None:
-        raise UserError(f"{path}: not named 'NNNN.jpg', or 'NNNN (k).jpg' with k from 2 to 10")
+        rule = "'NNNN.jpg', or 'NNNN (k).jpg' with k from 2 to 10; .jpeg and .png work, too"
+        raise UserError(f"{path}: not named {rule}")
     return int(match[1] or 1) - 1
 
 
@@ -183,8 +184,9 @@ def load_cifake(folder: str | Path, limit: int | None = None) -> ImageSet:
     """
     names = visible(folder)
     if not names:
+        lack = "are no synthetic images in" if os.path.isdir(folder) else "is no folder"
         raise UserError(
-            f"there are no synthetic images in {folder}: {BY_HAND} {folder}; or `pip install "
+            f"there {lack} {folder}: {BY_HAND} {folder}; or `pip install "
             "kagglehub` and add --download_synthetic; --demo needs no data"
         )
     paths = [os.path.join(folder, name) for name in names]

@@ -116,18 +116,17 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     weights = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
     named = isinstance(weights, dict) and all(isinstance(key, str) for key in weights)
     if not named or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{path} holds no network: there is no state dict in it")
+        raise UserError(f"{path} holds no network: no state dict, but {[*checkpoint]}")
     for key, value in weights.items():
         dense = value.layout == torch.strided and not value.is_meta and not value.is_nested
         if not dense or not (value.is_floating_point() or value.dtype == torch.int64):
             raise UserError(f"{path}: {key} is not a dense tensor of real numbers")
         if not value.float().isfinite().all():
             raise UserError(f"{path}: {key} holds a number that is not finite")
-    around = {} if weights is checkpoint else checkpoint
     plain = {re.sub(r"^((module|_orig_mod)\.)+", "", key): weights[key] for key in weights}
     if len(plain) < len(weights):
         raise UserError(f"{path} holds two networks: some names come with and without module.")
-    return plain, around
+    return plain, {} if weights is checkpoint else checkpoint
 
 
 def load_model(path: str | Path, **expected: int | str | list[str]) -> nn.Module:
@@ -166,7 +165,8 @@ def _recognise(weights: dict[str, Tensor], path: str | Path, expected: str | Non
             with suppress(UserError):
                 _load_weights(model, weights, path, assign=True)
                 return model.spec
-    raise UserError(f"{path} fits none of the networks {', '.join(ARCHITECTURES)}")
+    names = f"{', '.join(ARCHITECTURES)}: it begins with {next(iter(weights), 'nothing')}"
+    raise UserError(f"{path} fits none of the networks {names}")
 
 
 def _load_weights(

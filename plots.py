@@ -327,7 +327,12 @@ def main(args: argparse.Namespace) -> None:
             check_regular(path)
             if path.exists() and MARK.encode() not in path.read_bytes():
                 raise UserError(f"{path} is not {MARK}: move it, or name another --output")
-    paths = plot_run(args.runs[0], output) if single else plot_runs(args.runs, output)
+    begun = [run for run in args.runs if Path(run, "config.json").exists()]
+    unfinished = [run for run in begun if not Path(run, "metrics.csv").exists()]
+    runs = [run for run in args.runs if run not in unfinished] or args.runs
+    paths = plot_run(runs[0], output) if single else plot_runs(runs, output)
+    for run in unfinished:
+        print(f"note: {_shown(run)} has no finished epoch: left out")
     print("\n".join(_shown(str(path)) for path in paths))
 
 

@@ -121,8 +121,8 @@ def load(path: str | Path) -> dict:
             warnings.simplefilter("ignore")  # a bad file is refused below
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises nearly anything on a broken or hostile file
-        kind = type(error).__name__
-        raise UserError(f"{path} is not a weight file, or not a safe one ({kind})") from error
+        problem = f"not a weight file, or not a safe one ({type(error).__name__})"
+        raise UserError(f"{path} is {problem}; of a model, save its state_dict()") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} holds no network: there is no state dict in it")
     if "run_id" in state and _is_damaged(path):

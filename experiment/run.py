@@ -101,9 +101,12 @@ class Run:
             if was != value:
                 problem = f"with other files: {key} was {was}, is {value}"
                 raise UserError(f"{self.folder} cannot be resumed {problem}")
-        before, now = self.config["parts"][-1]["precision"], self.part["precision"]
-        if before != now:
-            print(f"note: so far this run was in {before}; now it is in {now}")
+        before, now = self.config["parts"][-1], self.part
+        if before["precision"] != now["precision"]:
+            print(f"note: so far it ran in {before['precision']}, now in {now['precision']}")
+        old, new = before.get("git_commit"), now["git_commit"]
+        if old != new or str(new).endswith("-dirty"):
+            print(f"note: the code may have changed: so far it was commit {old}, now {new}")
 
     # ------------------------------------------------------------------------------- the epochs
 
@@ -195,7 +198,8 @@ class Run:
             try:
                 self._load(saved)
             except Exception as error:  # a file that was tampered with can raise nearly anything
-                raise UserError(f"{path} is not the checkpoint of this run") from error
+                reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()[:200]
+                raise UserError(f"{path} is not the checkpoint of this run: {reason}") from error
         if parallel.is_rank_zero() and self.args.resume:
             if len(self.history) < self.args.epochs:
                 self.part["from_epoch"] = len(self.history) + 1

@@ -106,7 +106,7 @@ def main(args: Namespace) -> None:
     scheduler = build_scheduler(optimizer, args, args.epochs * len(train_loader))
 
     def loss_fn(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # the labels are not used
-        with torch.inference_mode():
+        with torch.no_grad():
             teacher_logits = teacher(images)
         student_logits = distributed(images)
         loss = kd_loss(student_logits, teacher_logits, args.temperature)

@@ -97,7 +97,7 @@ def student(workdir, cifake, cifar10_binary, capsys):
 
 
 def test_synthetic_images(student, cifake, workdir):
-    student("there are no synthetic images in nowhere", synthetic_data_dir="nowhere")
+    student("there is no folder nowhere: download http", synthetic_data_dir="nowhere")
     (workdir / "empty").mkdir()
     student("there are no synthetic images in empty", synthetic_data_dir="empty")
     rule = "not named 'NNNN.jpg', or 'NNNN (k).jpg' with k from 2 to 10"

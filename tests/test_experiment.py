@@ -291,13 +291,29 @@ def test_a_finished_run_that_is_resumed_gets_no_further_part(workdir, capsys):
     assert "note: all its epochs are done" in capsys.readouterr().out
 
 
-def test_another_precision_is_mentioned_when_a_run_is_resumed(workdir, capsys):
+@pytest.mark.parametrize(
+    ("commit", "amp", "note"),
+    [
+        ("abc", None, None),
+        ("abc", torch.bfloat16, "so far it ran in float32, now in bfloat16"),
+        ("def", None, "the code may have changed: so far it was commit abc, now def"),
+        ("abc-dirty", None, "the code may have changed: so far it was commit abc, now abc-dirty"),
+    ],
+)
+def test_another_precision_or_code_is_mentioned_when_a_run_is_resumed(
+    commit, amp, note, workdir, monkeypatch, capsys
+):
+    here = folder.provenance(torch.device("cpu"), None)
+    monkeypatch.setattr(folder, "provenance", lambda *_: {**here, "git_commit": "abc"})
     with make_run() as made:
         log(made, 40.0)
-    resumed(made.folder).lock.close()
-    assert "note:" not in capsys.readouterr().out
-    resumed(made.folder, amp=torch.bfloat16)
-    assert "note: so far this run was in float32; now it is in bfloat16" in capsys.readouterr().out
+    precision = str(amp or torch.float32).removeprefix("torch.")
+    there = {**here, "git_commit": commit, "precision": precision}
+    monkeypatch.setattr(folder, "provenance", lambda *_: there)
+    capsys.readouterr()
+    resumed(made.folder)
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    assert notes == ([f"note: {note}"] if note else [])
 
 
 def test_seconds_are_from_the_wall(workdir, every_epoch, monkeypatch, capsys):
@@ -481,6 +497,14 @@ def test_a_run_is_not_resumed_with_another_teacher(stopped):
     problem = "cannot be resumed with other files: teacher_sha256 was aaaa, is bbbb"
     with pytest.raises(UserError, match=problem):
         resumed(stopped, must_match={"teacher_sha256": "bbbb"})
+
+
+def test_a_network_that_has_changed_is_named(stopped):
+    """The code may have been edited meanwhile."""
+    state = {**tiny_state(), "model": torch.nn.Linear(4, 2)}
+    reason = r"last\.pt is not the checkpoint of this run: size mismatch for weight: .*2, 3"
+    with pytest.raises(UserError, match=reason):
+        next(resumed(stopped, state, must_match={"teacher_sha256": "aaaa"}).epochs())
 
 
 @pytest.mark.parametrize("change", ["another run", "an older format", "no history", "ragged"])

@@ -45,7 +45,7 @@ def made(
     rule, ema = build_optimizer(student, args, amp), EMA(student, decay)
 
     def loss_fn(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.inference_mode():
+        with torch.no_grad():
             teacher_logits = teacher(images)
         logits = student(images)
         loss = kd_loss(logits, teacher_logits, 10.0)

@@ -85,7 +85,7 @@ def test_bad_input(argv, capsys):
         found, text = fails(measure, [*argv, *more], capsys)
         assert found == code
         assert expected in text
-    assert "there are no synthetic images in out" in fails(measure, ["out", *argv[1:]], capsys)[1]
+    assert "there is no folder out" in fails(measure, ["out", *argv[1:]], capsys)[1]
 
 
 def test_no_file_is_written_over(argv, workdir, capsys):

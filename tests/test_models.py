@@ -1,5 +1,6 @@
 import functools
 import pickle
+import re
 import socket
 
 import pytest
@@ -269,7 +270,9 @@ def test_a_network_we_do_not_have_is_refused(candidates, tmp_path):
     other, linear = models.WideResNet(10, 1).state_dict(), nn.Linear(3, 3).state_dict()
     for weights in (other, linear, {**STATE, "layer5.weight": torch.zeros(3)}, {}):
         torch.save(weights, tmp_path / "bare.pth")
-        with pytest.raises(UserError, match=r"fits none of the networks resnet18, .* airbench95"):
+        first = re.escape(next(iter(weights), "nothing"))
+        names = rf"networks resnet18, .* airbench95: it begins with {first}$"
+        with pytest.raises(UserError, match=f"fits none of the {names}"):
             load_model(tmp_path / "bare.pth")
 
 
@@ -361,6 +364,16 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
         torch.save(state, path)
         with pytest.raises(UserError, match="holds no network"):
             load_model(path)
+    torch.save({"net": STATE, "epoch": 3}, path)
+    with pytest.raises(UserError, match=r"holds no network: no state dict, but \['net', 'epoch'\]"):
+        load_model(path)
+
+
+def test_a_network_without_a_cifar_stem_is_named(monkeypatch):
+    """TORCHVISION_NETWORKS is where one is added."""
+    with pytest.raises(UserError, match="no CIFAR stem is written for squeezenet1_1"):
+        build_model("squeezenet1_1")
+    assert build_model("squeezenet1_1", "imagenet").spec["arch"] == "squeezenet1_1"
 
 
 class Malice:
@@ -372,7 +385,7 @@ def test_a_pickle_that_would_run_code_does_not_run(workdir):
     (workdir / "model.pth").write_bytes(pickle.dumps(Malice(), protocol=2))
     torch.save({"model": Malice()}, workdir / "model.pt")
     for name in ("model.pth", "model.pt"):
-        with pytest.raises(UserError, match="not a weight file, or not a safe one"):
+        with pytest.raises(UserError, match=r"not a safe one .* a model, save its state_dict\(\)"):
             load_model(name)
     assert not (workdir / "ran.txt").exists()
 

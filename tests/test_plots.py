@@ -364,6 +364,18 @@ def test_the_command_redraws_or_overlays(student, workdir, capsys, figures):
     assert not (student / "confusion.png").exists()
 
 
+def test_a_run_without_an_epoch_is_left_out_of_a_comparison(student, workdir, capsys, figures):
+    failed = workdir / "failed"
+    failed.mkdir()
+    (failed / "config.json").touch()
+    made_run(workdir / "one")
+    plots.main(plots.parse_args(["one", "failed", "student"]))
+    assert "note: failed has no finished epoch: left out" in capsys.readouterr().out
+    for argv in (["failed"], ["failed", "failed"], ["one", "nowhere"]):
+        with pytest.raises(UserError, match="not a run with a finished epoch"):
+            plots.main(plots.parse_args([*argv, "--output", "elsewhere"]))
+
+
 def test_a_picture_of_others_is_not_replaced(student, workdir, figures):
     args = plots.parse_args(["student", "--output", "others"])
     picture = workdir / "others" / "mistakes.png"

@@ -13,6 +13,7 @@ import kill_test
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import (
     REPOSITORY,
     SMALL_NETWORK,
@@ -295,6 +296,19 @@ def test_several_teachers_are_one(workdir, demo_teacher, monkeypatch):
         resume(student_script, "stopped", "--teacher_weights", "other.pth")
     resume(student_script, "stopped")
     assert_equal_weights("stopped.pth", "both.pth")
+
+
+@pytest.mark.slow
+def test_the_loss_may_be_another_one(workdir, demo_teacher, monkeypatch):
+    """Its backward may need the teacher's logits themselves, which inference_mode would forbid."""
+
+    def squared_error(student_logits: Tensor, teacher_logits: Tensor, _: float) -> Tensor:
+        return F.mse_loss(student_logits.float(), teacher_logits.float())
+
+    monkeypatch.setattr(student_script, "kd_loss", squared_error)
+    run_student("--amp", "off", "--teacher_weights", demo_teacher, "--run_dir", "mse")
+    losses = [float(row["train_loss"]) for row in metrics("mse")]
+    assert losses[-1] < losses[0]
 
 
 def test_a_run_is_not_resumed_with_other_images(workdir, demo_teacher, cifake, cifar10_binary):

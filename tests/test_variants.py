@@ -74,7 +74,7 @@ def test_spoilt_images_keep_their_classes(kind, flag, suffix, source):
         ("jpeg", ["--teacher_weights", "x.pth"], 2, "--teacher_weights needs KIND disputed"),
         ("agreed", ["--teacher_weights", "teacher.pth"], 1, "images are disputed than agreed with"),
         ("disputed", ["--teacher_weights", "x.pth"], 1, "there is no weight file x.pth"),
-        ("disputed", ["--synthetic_data_dir", "no"], 1, "there are no synthetic images in no"),
+        ("disputed", ["--synthetic_data_dir", "no"], 1, "there is no folder no"),
     ],
 )
 def test_bad_input(kind, flags, code, message, source, workdir, capsys):
