@@ -176,7 +176,7 @@ def ours(
     scheduler = build_scheduler(optimizer, recipe, recipe.epochs * len(train_loader))
 
     def kd_loss_fn(images, labels):
-        with torch.inference_mode():
+        with torch.no_grad():
             teacher_logits = teacher(images)
         logits = network(images)
         loss = kd_loss(logits, teacher_logits, TEMPERATURE)
