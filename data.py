@@ -189,6 +189,8 @@ def load_cifake(folder: str | Path, limit: int | None = None) -> ImageSet:
             f"there {lack} {folder}: {BY_HAND} {folder}; or `pip install "
             "kagglehub` and add --download_synthetic; --demo needs no data"
         )
+    if "manifest.csv" in names:
+        raise UserError(f"{folder} is a set of generate.py: its images are in {folder}/images")
     paths = [os.path.join(folder, name) for name in names]
     labels, stems = [cifake_label(path) for path in paths], set()
     for path in paths:

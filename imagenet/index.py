@@ -137,14 +137,14 @@ def _label_folders(
         words = {i: NUMBERED.fullmatch(name)[2] for i, name in zip(numbers, names, strict=True)}
         if len(words) < len(names):
             raise UserError(f"{folder}: two of its folders have the same number")
-        for i in words if classes else ():
+        for i in words if classes and not are_wordnet_ids(classes) else ():
             if words[i] and plain(words[i]) != plain(classes[i]):
                 raise UserError(f"{folder}: class {i} is {words[i]}, but {classes[i]} in the list")
         return numbers, classes or tuple(words.get(i) or str(i) for i in range(num_classes))
     if classes is None and len(names) != num_classes:
         raise UserError(
-            f"{folder} holds {len(names)} class folders and not {num_classes}: training images of "
-            "some classes need a --label_file that lists all"
+            f"{folder} holds {len(names)} class folders and not {num_classes}: --num_classes names "
+            "another number; training images of some classes need a --label_file that lists all"
         )
     if classes is None:
         return list(range(num_classes)), tuple(names)

@@ -5,14 +5,14 @@
 #     bash scripts/fidelity.sh toy      the same commands at toy sizes, on a CPU, to check them
 #
 # DMKD_DATA is the folder of both data sets. GUIDANCE, STEPS, SEEDS and COUNTS, lists in quotes, choose
-# other points. Everything goes to runs/fidelity/. Finished runs are skipped, stopped ones are resumed.
+# other points. The table has the FID if torch-fidelity is installed. Everything goes to runs/fidelity/.
+# Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
 if [ "$*" != "" ] && [ "$*" != toy ]; then
     echo "error: the one argument is toy; the first lines of $0 say how to use it" >&2
     exit 2
 fi
 source "$(dirname "$0")/once.sh"
-source "$(dirname "$0")/environment.sh" requirements-generate.txt
 
 if [ "$*" = toy ]; then
     top=runs/fidelity-toy
@@ -39,10 +39,21 @@ else
     updates=19500 batch=128
     measure=""
 fi
+listed() { # listed NAME PATTERN VALUE...: whether all values look like it, before hours are spent
+    local value
+    for value in "${@:3}"; do
+        [[ $value =~ ^($2)$ ]] || usage_error "$1: '$value' does not fit"
+    done
+}
+listed GUIDANCE '[1-9][0-9]?(\.[0-9]+)?|100' $guidance
+listed STEPS '[1-9][0-9]{0,2}|1000' $steps
+listed SEEDS '[0-9]+' $seeds
+listed COUNTS '[1-9][0-9]*' $counts
 for count in $counts; do
     [ "$count" -ge $fewest ] && [ "$count" -le $((10 * larger)) ] || # --limit cuts the test set, too
         usage_error "COUNTS: $count is not from $fewest to $((10 * larger))"
 done
+source "$(dirname "$0")/environment.sh" requirements-generate.txt
 
 images() { # images NAME FLAGS...: a set of the generator, and its measures
     python synthetic_data/generate.py --pipeline local --model $top/generator.pth $sampler \

@@ -239,9 +239,10 @@ def to_pixels(pictures: Tensor, size: int) -> np.ndarray:
 def from_hub(plan: Plan, device: torch.device, dtype: torch.dtype) -> Draw:
     """Stable Diffusion or DiT, from diffusers' hub or a folder. Errors: UserError.
 
-    Stable Diffusion's safety filter is off: it sometimes replaces a harmless image by black. DiT is
-    sampled by DDIM, not by DDPM as in the paper. For DDPM, diffusers' pipeline draws the noise of
-    the whole batch at once, and an image would depend on the others in its batch.
+    Stable Diffusion's safety filter is off: it sometimes replaces a harmless image by black. Both
+    are sampled by DDIM from the noisiest step on, see `diffusion.sample`, with as many evaluations
+    as --steps says. The paper has DDPM for DiT: diffusers' pipeline would draw its noise for the
+    whole batch at once, and an image would depend on the others in its batch.
     """
     diffusers, model = diffusion.import_diffusers(), plan.model
     name, options = "DiTPipeline", {}
@@ -254,8 +255,8 @@ def from_hub(plan: Plan, device: torch.device, dtype: torch.dtype) -> Draw:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"{model} cannot be loaded as a {name}: {reason}") from error
     pipeline.to(device).set_progress_bar_config(disable=True)
-    if plan.args.pipeline == "dit":
-        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    options = {"timestep_spacing": "trailing", "clip_sample": False}  # latents are not from -1 to 1
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, **options)
 
     def draw(numbers: range) -> Tensor:
         return pipeline(

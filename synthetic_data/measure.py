@@ -74,6 +74,9 @@ def main(args: Namespace) -> None:
     for name in RESULTS:
         if os.path.lexists(args.output / name):
             raise UserError(f"{args.output / name} exists: name another --output, or delete it")
+    output = args.output.resolve()
+    if args.images.resolve() in (output, *output.parents):
+        raise UserError(f"{args.output} is among the images: name another folder")
     device = pick_device(args.device, "off")[0]
     torch.set_float32_matmul_precision("highest")  # distances of near copies are small differences
     teacher = load_model(args.teacher_weights, num_classes=10, classes=list(CLASSES)).to(device)

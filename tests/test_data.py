@@ -80,6 +80,12 @@ def test_a_name_that_does_not_parse_is_refused(name, cifake):
         assert str(stop.value).startswith(f"{cifake / name}: not named ")
 
 
+def test_the_folder_of_a_set_is_not_the_one_of_its_images(cifake):
+    (cifake / "manifest.csv").touch()
+    with pytest.raises(UserError, match=f"its images are in {cifake}/images"):
+        load_cifake(cifake)
+
+
 def test_a_name_that_comes_twice_is_refused(cifake):
     for name in ("1000 (2).JPEG", "1000 (2).png", "1000 (2).JPG"):
         (cifake / name).write_bytes((cifake / "1000 (2).jpg").read_bytes())

@@ -163,6 +163,22 @@ def test_a_set_is_what_the_loader_reads(pipeline, workdir, models):
     assert {"command", "git_commit", "torch"} <= config["parts"][0].keys()
 
 
+@pytest.mark.parametrize("pipeline", ["dit", "stable-diffusion"])
+def test_sampling_starts_at_the_noisiest_step(pipeline, workdir, models, monkeypatch):
+    """By default, three steps of a scheduler would start at 666, from noise that is too strong."""
+    diffusers = pytest.importorskip("diffusers")
+    step, taken = diffusers.DDIMScheduler.step, []
+
+    def note(self, output, t, *args, **more):
+        taken.append(int(t))
+        return step(self, output, t, *args, **more)
+
+    monkeypatch.setattr(diffusers.DDIMScheduler, "step", note)
+    run(models, pipeline, "set", "--per_class", 1, "--steps", 3, "--batch_size", 100)
+    assert taken[:3] == [999, 666, 332]
+    assert set(taken) == set(taken[:3])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pipeline", ["local_two", "dit", "stable-diffusion"])
 def test_an_image_depends_on_its_class_and_number_alone(pipeline, workdir, models, monkeypatch):

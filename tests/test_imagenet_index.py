@@ -79,7 +79,7 @@ def test_any_name_of_a_class_folder_stays_as_it_is(tmp_path):
 
 def test_a_part_of_the_classes_needs_the_list_of_all(tmp_path):
     folder = touch(tmp_path, f"{WORDNET_IDS[3]}/a.JPEG", f"{WORDNET_IDS[17]}/a.JPEG")
-    with refuses("holds 2 class folders and not 20: training images of some .* --label_file"):
+    with refuses("holds 2 class folders and not 20: --num_classes names another .* --label_file"):
         list_images(folder, 20)
     files = list_images(folder, 20, tuple(WORDNET_IDS))
     assert files.labels.tolist() == [3, 17]
@@ -176,7 +176,10 @@ def test_a_synset_mapping_gives_wordnet_ids(tmp_path):
     lines = [f"{id} kind of fish, Piscis {i}" for i, id in enumerate(WORDNET_IDS)]
     path = tmp_path / "LOC_synset_mapping.txt"
     path.write_text("\n".join(lines) + "\n")
-    assert read_classes(path, 20) == tuple(WORDNET_IDS)
+    classes = read_classes(path, 20)
+    assert classes == tuple(WORDNET_IDS)
+    numbered = touch(tmp_path / "numbered", "003_kind_d/a.jpg")  # words, which ids say nothing of
+    assert list_images(numbered, 20, classes).labels.tolist() == [3]
     for wrong in ([lines[1], lines[0], *lines[2:]], [lines[0], *lines[:-1]]):
         path.write_text("\n".join(wrong))
         with refuses("its WordNet ids are not sorted, or one comes twice"):

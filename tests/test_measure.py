@@ -85,7 +85,10 @@ def test_bad_input(argv, capsys):
         found, text = fails(measure, [*argv, *more], capsys)
         assert found == code
         assert expected in text
-    assert "there is no folder out" in fails(measure, ["out", *argv[1:]], capsys)[1]
+    assert "there is no folder nowhere" in fails(measure, ["nowhere", *argv[1:]], capsys)[1]
+    for output in (argv[0], f"{argv[0]}/measures"):  # where the next student would stumble over it
+        code, text = fails(measure, [*argv, "--output", output], capsys)
+        assert (code, text) == (1, f"error: {output} is among the images: name another folder")
 
 
 def test_no_file_is_written_over(argv, workdir, capsys):

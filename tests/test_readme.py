@@ -253,6 +253,20 @@ def test_counts_of_images_that_cannot_be_compared_are_refused(counts, workdir, m
         started_by(workdir, "fidelity.sh", "toy")
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "bad"),
+    [
+        *(("GUIDANCE", "1 0.5", "0.5"), ("GUIDANCE", "101", "101"), ("STEPS", "50 1001", "1001")),
+        *(("STEPS", "0", "0"), ("SEEDS", "0 -1", "-1"), ("COUNTS", "20 many", "many")),
+    ],
+)
+def test_lists_are_checked_before_hours_are_spent(name, values, bad, workdir, monkeypatch):
+    monkeypatch.setenv(name, values)
+    with pytest.raises(AssertionError, match=f"error: {name}: '{bad}' does not fit"):
+        started_by(workdir, "fidelity.sh", "toy")
+    assert not (workdir / "log").exists()  # not even an installation
+
+
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_what_a_page_links_to_is_there(page):
     for link in re.findall(r"\]\((?!http|#)([^)#]+)[^)]*\)", PAGES[page]):
