@@ -28,7 +28,8 @@ def build_optimizer(model: nn.Module, args: Namespace, amp: torch.dtype | None =
         return Muon(parameters, args.lr, args.momentum, args.weight_decay, dtype)
     cuda = parameters[0].is_cuda
     options = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": cuda}
-    if args.optimizer == "adam":  # capturable: it counts its steps on the device, for a CUDA graph
+    if args.optimizer == "adam":
+        # capturable: it counts its steps on the device, for a CUDA graph; and warns before it
         warnings.filterwarnings("ignore", message="This instance was constructed with capturable")
         return torch.optim.Adam(parameters, **options, capturable=cuda)
     return torch.optim.SGD(parameters, **options, momentum=args.momentum, nesterov=args.nesterov)
