@@ -369,7 +369,7 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
         load_model(path)
 
 
-def test_a_network_without_a_cifar_stem_is_named(monkeypatch):
+def test_a_network_without_a_cifar_stem_is_named():
     """TORCHVISION_NETWORKS is where one is added."""
     with pytest.raises(UserError, match="no CIFAR stem is written for squeezenet1_1"):
         build_model("squeezenet1_1")
