@@ -7,8 +7,8 @@ teacher's softened outputs, T^2 * KL(teacher || student) at T = 10. It sees no r
 label. After every epoch it is tested on the 10,000 real test images of CIFAR-10. The last epoch's
 student goes to student_cifar10_kd.pth. Plots, metrics.csv and checkpoints are in runs/student-001.
 
-Estimates: minutes on a GPU, five to nine hours on two CPU cores. The flags of scripts/cpu.sh train
-a smaller student to 89.60 +- 0.26 % (n = 3) in 55 minutes of two cores.
+Estimates: minutes on a GPU, five to nine hours on two CPU cores with bfloat16. The flags of
+scripts/cpu.sh train a smaller student there to 89.60 +- 0.26 % (n = 3) in 55 minutes.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """The small, fast networks of airbench, for 32x32 images (Jordan 2024, arXiv 2404.00498).
 
 A frozen convolution whitens 2x2 patches; three groups of two 3x3 convolutions follow, from 31x31
-pixels to 15x15, 7x7 and 3x3. airbench94 has about a quarter of a ResNet18's arithmetic and reaches
+pixels to 15x15, 7x7 and 3x3. airbench94 has a fifth of a ResNet18's arithmetic and reaches
 93 % on CIFAR-10 in ten epochs. As published, but for the averaging of mirrored and shifted copies
 at test time, with which it reaches 94 %.
 """

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import subprocess
+from argparse import Namespace
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,8 @@ from conftest import REPOSITORY, started_by
 
 import fine_tune_teacher_cifar10 as teacher_script
 import main_train_cifar10 as student_script
-from data import CLASSES
+from data import CLASSES, load_cifake, load_cifar10
+from engine import kd_loss
 from experiment import folder
 from experiment.download import sha256
 from models import build_model, load_model, to_checkpoint
@@ -333,6 +335,38 @@ def test_its_example_classifies_a_picture(workdir, cifake, capsys):
     (cifake / "1000.jpg").rename("picture.jpg")
     exec(code, {})
     assert re.fullmatch(rf"({'|'.join(CLASSES)}) \d+\.\d%\n", capsys.readouterr().out)
+
+
+LOSS, MIXTURE, TEST = re.findall(
+    "```python\n(.*?)```", PAGES[Path("docs/experiments.md")], re.DOTALL
+)
+
+
+def test_the_example_of_a_loss_sees_neither_scale_nor_offset():
+    student, other = torch.randn(2, 8, 10)
+    names = {"kd_loss": kd_loss, "args": Namespace(temperature=2.0), "student_logits": student}
+    losses = []
+    for teacher in (3 * student + 1, other):
+        exec(LOSS, names | {"teacher_logits": teacher}, found := {})
+        losses.append(found["loss"])
+    assert losses[0].abs() < 1e-5 < 0.1 < losses[1]
+
+
+def test_the_example_adds_real_images_to_synthetic_ones(workdir, cifake, cifar10_binary):
+    Path("images").mkdir()
+    cifake.rename("images/mixed")
+    synthetic, real = load_cifake("images/mixed"), load_cifar10("data", train=True)
+    exec(MIXTURE, {})
+    mixed = load_cifake("images/mixed")
+    assert len(mixed) == len(synthetic) + len(real)
+    labels = {image.numpy().tobytes(): mixed.labels[i] for i, image in enumerate(mixed.images)}
+    assert [labels[image.numpy().tobytes()] for image in real.images] == real.labels.tolist()
+
+
+def test_the_example_tests_a_saved_network(workdir, cifar10_binary, capsys):
+    torch.save(to_checkpoint(build_model(), CLASSES), "student_cifar10_kd.pth")
+    exec(TEST, {})
+    assert re.fullmatch(r"\{'loss': \d.*, 'accuracy': \d.*\}\n", capsys.readouterr().out)
 
 
 def test_the_weights_are_the_files_that_their_page_describes():
