@@ -1,7 +1,7 @@
 """The inner loops and the losses. Nothing here prints or touches files.
 
-The loops return plain dicts of floats. Sums stay on the device and are read once, when an epoch
-ends.
+Epochs and tests return plain dicts of floats. Sums stay on the device and are read once, when an
+epoch ends.
 """
 
 import time

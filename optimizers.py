@@ -92,7 +92,7 @@ class Muon(Optimizer):
                 p.sub_(update * group["lr"])  # lr may be a tensor, see `TrainStep`
 
 
-def newton_schulz(matrix: Tensor, dtype: torch.dtype = torch.float32, steps: int = 3) -> Tensor:
+def newton_schulz(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """U p(p(p(S))) V^T for the float matrix U S V^T, (rows, columns), brought to Frobenius norm 1.
 
     p(x) = 3.4445 x - 4.7750 x^3 + 2.0315 x^5 pushes small singular values up quickly and lets the
@@ -101,7 +101,7 @@ def newton_schulz(matrix: Tensor, dtype: torch.dtype = torch.float32, steps: int
     x = (matrix / (matrix.norm() + 1e-7)).to(dtype)
     if tall := len(x) > x.shape[1]:
         x = x.T
-    for _ in range(steps):
+    for _ in range(3):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return (x.T if tall else x).to(matrix.dtype)

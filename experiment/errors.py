@@ -54,7 +54,7 @@ def one_line_errors() -> Iterator[None]:
                     _exit(f"{first.rstrip('.')}. Smaller batches or fewer images need less.")
             if not parallel.is_lost_rank(error):
                 raise
-            _exit(f"{parallel.LOST}: {error}")
+            _exit(f"{parallel.RANK_LOST}: {error}")
         except KeyboardInterrupt:
             sys.stderr.write("\ninterrupted\n")
             sys.exit(130)

@@ -1,4 +1,4 @@
-"""Files that are complete or absent: atomic writes, safe loads, nothing overwritten."""
+"""Files that are complete or absent: atomic writes and safe loads."""
 
 import csv
 import io

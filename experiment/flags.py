@@ -21,7 +21,7 @@ from experiment.errors import one_line
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no abbreviated flags, refuses those that would do nothing, says errors in one line.
+    """Takes no abbreviated flags, says errors in one line; `parse` checks what `add_need` adds.
 
     `arguments` names those that are required, for the first line of --help.
     """
@@ -81,9 +81,7 @@ def device(text: str) -> str:
 
 def parse(parser: Parser, argv: Sequence[str] | None, demo: dict | None = None) -> Namespace:
     """Parse `argv`; with --demo, the defaults are those in `demo`."""
-    if demo is None:
-        parser.set_defaults(demo=False)
-    elif parser.parse_args(argv).demo:
+    if demo and parser.parse_args(argv).demo:
         parser.set_defaults(**demo)
     args = parser.parse_args(argv)
     for flag, needs, has in parser.needs:
@@ -144,7 +142,7 @@ def add_model_flags(
     names = ", ".join(architectures)
     # fmt: off
     group.add_argument("--arch", choices=architectures, default=architectures[0], metavar="NAME",
-        help=f"the network that is trained; a teacher's is in its file: {names} [%(default)s]")
+        help=f"the network to train: {names}; a teacher's is read from its file [%(default)s]")
     group.add_argument("--stem", choices=stems, default=stems[0],
         help="made for 32x32 images, or torchvision's own for 224x224 [%(default)s]")
     # fmt: on
@@ -214,3 +212,4 @@ def add_run_flags(parser: Parser, name: str, output: str) -> None:
     add("--output", type=Path, default=Path(output), metavar="FILE",
         help="the finished network [%(default)s]")
     # fmt: on
+    parser.set_defaults(demo=False)  # also where there is no --demo

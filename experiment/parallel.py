@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 TIMEOUT = timedelta(hours=1)  # for rank 0's downloads: torchrun notices a dead rank earlier
-LOST = "another process of this job has died, or cannot be reached"
+RANK_LOST = "another process of this job has died, or cannot be reached"
 TORCHRUN_SETS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -129,7 +129,7 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 
 def rank_slice(n: int) -> slice:
-    """This rank's rows of n: consecutive. The numbers of any two ranks differ by at most one."""
+    """This rank's rows of n: consecutive. The shares of any two ranks differ by at most one row."""
     return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 

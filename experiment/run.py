@@ -183,7 +183,7 @@ class Run:
             return
         raise UserError(
             f"stopped after epoch {row['epoch']}: {problem}. {cause} is the likely cause; "
-            f"{self.folder} keeps the epochs before it"
+            "the epochs before it are kept"
         )
 
     # --------------------------------------------------------------------------------- the files
@@ -205,7 +205,7 @@ class Run:
                 self.part["from_epoch"] = len(self.history) + 1
                 self.config["parts"].append(self.part)
             else:
-                print("note: all its epochs are done; only the end is done again")
+                print("note: all epochs are done; only the last files are written again")
             if self.history:
                 self._write_metrics()
             self._write_config()
@@ -311,7 +311,7 @@ class Run:
                 self.lock.close()
         if parallel.is_rank_zero() and parallel.is_lost_rank(error):
             raise UserError(
-                f"{error}: {parallel.LOST}; resume with {self._resume_command()}"
+                f"{error}: {parallel.RANK_LOST}; resume with {self._resume_command()}"
             ) from error
         if error is None and self.signals.received:
             self._stop(self.signals.received)

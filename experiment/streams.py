@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
-LOST = "note: standard output cannot be written; it is dropped from here on\n"
+OUTPUT_LOST = "note: standard output cannot be written; it is dropped from here on\n"
 
 
 class SteadyStream:
@@ -53,7 +53,7 @@ def steady_output() -> Iterator[None]:
     """Make stdout and stderr steady: nothing that is printed in the block raises an error."""
     before = sys.stdout, sys.stderr
     sys.stderr = SteadyStream(sys.stderr)
-    sys.stdout = SteadyStream(sys.stdout, LOST)
+    sys.stdout = SteadyStream(sys.stdout, OUTPUT_LOST)
     try:
         yield
     finally:

@@ -10,8 +10,8 @@ class EMA:
     """`ema.model` is an exponential moving average of the weights of `model`.
 
     Update t, from 1, is average <- d * average + (1 - d) * model with d = min(decay, (1 + t) /
-    (10 + t)), so that the random start is soon forgotten (as in timm and diffusers). Of BatchNorm,
-    which the U-Net has not, the statistics would stay as they were.
+    (10 + t)), so that the random start is soon forgotten (as in timm and diffusers). BatchNorm's
+    statistics are not averaged; the U-Net has none.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -95,7 +95,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--batch_size", type=flags.int_in(1, 10**5), default=64, metavar="N",
         help="images at a time on a GPU; a CPU makes one at a time [%(default)s]")
     add("--device", type=flags.device, default="auto",
-        help="auto, cpu, cuda, cuda:N, mps or xpu [%(default)s]")
+        help="auto, cpu, cuda, cuda:N, mps, xpu or xpu:N [%(default)s]")
     # fmt: on
     parser.add_need(
         "prompt", "--pipeline stable-diffusion", lambda args: args.pipeline == "stable-diffusion"

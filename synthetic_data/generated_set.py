@@ -35,7 +35,7 @@ from synthetic_data.classes import Category
 
 # Flags that may differ when a stopped job is resumed: they change no image, but for rounding. The
 # model and the dtype are compared separately, as their defaults depend on other flags.
-FREE = ("output", "overwrite", "batch_size", "device", "model", "dtype", "demo")
+FREE = ("output", "overwrite", "batch_size", "device", "model", "dtype")
 # The files of a set, which --overwrite deletes, with those that a killed process may leave.
 FILES = {
     "images": re.compile(r"([^/]+/)?\d{6}( \(\d+\))?\.png", re.DOTALL),

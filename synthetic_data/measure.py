@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Subset
 from torchvision.utils import save_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -174,8 +174,8 @@ def frechet_inception_distance(
         import torch_fidelity
 
         metrics = torch_fidelity.calculate_metrics(
-            input1=Images(generated.images),
-            input2=Images(train_set.images),
+            input1=Subset(generated.images, range(len(generated))),
+            input2=Subset(train_set.images, range(len(train_set))),
             cuda=device.type == "cuda",
             fid=True,
             verbose=False,
@@ -187,19 +187,6 @@ def frechet_inception_distance(
         print(f"FID: not available, as the weights of its network are not: {error}")
         return None
     return metrics["frechet_inception_distance"]
-
-
-class Images(Dataset):
-    """uint8 (N, 3, H, W) as a data set for torch-fidelity."""
-
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[index]
 
 
 if __name__ == "__main__":

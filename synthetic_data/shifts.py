@@ -22,21 +22,24 @@ def with_shifted_copies(data: ImageSet) -> ImageSet:
     """
     copies = [data.images]
     if len(data):
-        copies += [torch.stack([shift(image) for image in data.images]) for shift in SHIFTS]
+        copies += [shift(data.images) for shift in SHIFTS]
     return replace(data, images=torch.cat(copies), labels=data.labels.repeat(len(copies)))
 
 
-def _jpeg(image: Tensor, quality: int) -> Tensor:
-    """uint8 (3, 32, 32), compressed and decoded again; torchvision means to drop its own codecs."""
-    file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
-    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+def _jpeg(images: Tensor, quality: int) -> Tensor:
+    """Each compressed and decoded again, by Pillow: torchvision means to drop its own codecs."""
+    decoded = []
+    for pixels in images.permute(0, 2, 3, 1).numpy():  # (32, 32, 3)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+        decoded.append(np.array(Image.open(file)))
+    return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2)
 
 
-SHIFTS = (
-    lambda image: F.adjust_brightness(image, 1.4),
-    lambda image: F.adjust_saturation(image, 0.4),
-    lambda image: F.gaussian_blur(image, [3, 3], [0.8, 0.8]),
-    lambda image: _jpeg(image, 40),
-    lambda image: F.adjust_sharpness(image, 2.0),  # real images have more detail than CIFAKE's
+SHIFTS = (  # of uint8 (N, 3, 32, 32)
+    lambda images: F.adjust_brightness(images, 1.4),
+    lambda images: F.adjust_saturation(images, 0.4),
+    lambda images: F.gaussian_blur(images, [3, 3], [0.8, 0.8]),
+    lambda images: _jpeg(images, 40),
+    lambda images: F.adjust_sharpness(images, 2.0),  # real images have more detail than CIFAKE's
 )

@@ -95,6 +95,12 @@ def stop_after(monkeypatch, script, epochs: int) -> None:
     monkeypatch.setattr(script, "train_one_epoch", dying)
 
 
+def random_images(n: int) -> torch.Tensor:
+    """uint8 (n, 3, 32, 32), the same for the same n."""
+    generator = torch.Generator().manual_seed(n)
+    return torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
+
+
 # Instead of Python: notes its arguments, and makes the folder that variants.py would.
 STUB = """#!/usr/bin/env bash
 printf '%q ' "$@" >> "$LOG"

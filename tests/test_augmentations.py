@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import random_images
 from torchvision.transforms.v2 import functional as F
 
 from augmentations import (
@@ -18,13 +19,8 @@ from data import CLASSES, DeviceLoader, ImageSet
 from experiment.device import MEMORY_FORMAT
 
 
-def made_images(n: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(n)
-    return torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
-
-
 def test_crops_and_flips_are_torchvisions():
-    images = made_images(64)
+    images = random_images(64)
     generator = torch.Generator().manual_seed(0)
     top, left = torch.randint(0, 9, (2, 64), generator=generator)
     flip = torch.rand(64, generator=generator) < 0.5
@@ -37,7 +33,7 @@ def test_crops_and_flips_are_torchvisions():
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_reflected_crops_are_numpys(dtype):
-    images = made_images(64).to(dtype)
+    images = random_images(64).to(dtype)
     torch.manual_seed(0)
     top, left = draw_reflected_crops(64)
     flip = torch.rand(64) < 0.5
@@ -51,7 +47,7 @@ def test_reflected_crops_are_numpys(dtype):
 
 
 def test_colours_are_torchvisions():
-    images = made_images(16).float() / 255
+    images = random_images(16).float() / 255
     factors = 0.6 + 0.8 * torch.rand(16, 3, generator=torch.Generator().manual_seed(0))
     ours = jitter(255 * images, factors) / 255
     for i, (brightness, contrast, saturation) in enumerate(factors.tolist()):
@@ -61,7 +57,7 @@ def test_colours_are_torchvisions():
 
 
 def test_a_part_of_a_picture_is_torchvisions_resized_crop():
-    images, same = made_images(2), torch.ones(2, 3)
+    images, same = random_images(2), torch.ones(2, 3)
     whole = torch.tensor([[1.0, 1.0, 0.0, 0.0]] * 2)
     flip = torch.tensor([False, True])
     got = resized_crop_and_jitter(images, whole, flip, same)
@@ -95,7 +91,7 @@ def test_resized_crops_keep_to_their_ranges():
 
 @pytest.mark.parametrize("augment", AUGMENTATIONS)
 def test_a_loader_serves_every_kind(augment):
-    images = ImageSet(made_images(50), torch.arange(50) % 10, CLASSES)
+    images = ImageSet(random_images(50), torch.arange(50) % 10, CLASSES)
     loader = DeviceLoader(images, 16, "cpu", True, augment)
 
     def epoch(seed):

@@ -179,11 +179,6 @@ def test_outputs(student, workdir):
     student("folder is not empty", run_dir="folder")
 
 
-def test_devices(student, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    student("--device cuda: PyTorch finds 0 cuda devices here", device="cuda")
-
-
 # ------------------------------------------------------------------------------- the rest
 
 

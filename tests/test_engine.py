@@ -3,14 +3,14 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import run_student
+from conftest import random_images, run_student
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import main_train_cifar10 as student_script
 from augmentations import AUGMENTATIONS
-from data import DeviceLoader, ImageSet, normalize
+from data import CLASSES, DeviceLoader, ImageSet, normalize
 from engine import TrainStep, compare, evaluate, kd_loss, label_loss, predict, train_one_epoch
 from models import build_model
 from optimizers import build_optimizer, build_scheduler
@@ -24,9 +24,7 @@ def recipe(**changes) -> Namespace:
 
 
 def made_set(n: int) -> ImageSet:
-    generator = torch.Generator().manual_seed(n)
-    images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    return ImageSet(images, torch.arange(n) % 10, tuple("abcdefghij"))
+    return ImageSet(random_images(n), torch.arange(n) % 10, CLASSES)
 
 
 # ------------------------------------------------------------------------------------------- loss

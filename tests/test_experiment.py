@@ -141,6 +141,21 @@ def test_a_resumed_run_may_not_write_over_its_own_files(workdir):
     resumed(Path("run"))
 
 
+def test_a_folder_that_another_run_has_used_meanwhile_is_refused(workdir, monkeypatch):
+    lock = folder.lock
+
+    def late(path):
+        monkeypatch.setattr(folder, "lock", lock)
+        with make_run(run_dir=path) as other:
+            log(other, 40.0)
+        return lock(path)
+
+    monkeypatch.setattr(folder, "lock", late)
+    with pytest.raises(UserError, match="run is not empty"):
+        make_run(run_dir=Path("run"))
+    assert len(metrics("run")) == 1
+
+
 # --------------------------------------------------------------------------------- what is kept
 
 
@@ -288,7 +303,7 @@ def test_a_finished_run_that_is_resumed_gets_no_further_part(workdir, capsys):
         assert list(again.epochs()) == []
         again.finish()
     assert read_config(made.folder) == before
-    assert "note: all its epochs are done" in capsys.readouterr().out
+    assert "note: all epochs are done" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -863,18 +878,3 @@ def test_experiment_imports_nothing_of_the_project_outside_itself():
         found |= set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
     assert "torch" in found
     assert not found & project
-
-
-def test_a_folder_that_another_run_has_used_meanwhile_is_refused(workdir, monkeypatch):
-    lock = folder.lock
-
-    def late(path):
-        monkeypatch.setattr(folder, "lock", lock)
-        with make_run(run_dir=path) as other:
-            log(other, 40.0)
-        return lock(path)
-
-    monkeypatch.setattr(folder, "lock", late)
-    with pytest.raises(UserError, match="run is not empty"):
-        make_run(run_dir=Path("run"))
-    assert len(metrics("run")) == 1

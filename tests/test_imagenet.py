@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -180,19 +179,6 @@ def test_only_a_run_of_this_script_is_resumed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config, default=str))
     with pytest.raises(UserError, match=r" is the run of .*\bstudent\b.* not .*\bimagenet\b"):
         script.parse_args(["--resume", str(tmp_path)])
-
-
-def test_every_command_of_its_readme_parses(monkeypatch):
-    def stopped(folder: Path) -> dict:  # its name, as Run makes folders
-        return {"name": folder.name.rpartition("-")[0], "args": {"epochs": 3}}
-
-    monkeypatch.setattr("experiment.folder.read_config", stopped)
-    text = (REPOSITORY / "imagenet" / "README.md").read_text() + script.__doc__
-    name = r"imagenet/main_train_imagenet\.py"
-    commands = re.findall(rf"^ *(?:python|torchrun \S+) {name}(.*?)(?:#.*)?$", text, re.MULTILINE)
-    assert len(commands) > 8
-    for flags in commands:
-        script.parse_args(shlex.split(flags))
 
 
 def test_the_cifar10_scripts_load_nothing_of_imagenet():

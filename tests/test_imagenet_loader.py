@@ -271,25 +271,6 @@ def test_after_an_error_no_worker_stays(broken):
         gc.enable()
 
 
-@pytest.mark.parametrize("content", [b"", b"GIF89a", b"\xff\xd8\xff\xe0junk"])
-def test_no_image_at_all_is_named(tmp_path, content):
-    (tmp_path / "a.jpg").write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.jpg: not an image that can be read"):
-        load_view(str(tmp_path / "a.jpg"), SIZE, 1)
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_a_side_of_160_pixels_is_no_depth_of_16_bits(tmp_path, suffix):
-    picture(160, 116).save(tmp_path / f"a.{suffix}")
-    assert load_view(str(tmp_path / f"a.{suffix}"), SIZE, None).shape == (3, SIZE, SIZE)
-
-
-def test_sixteen_bits_are_refused(tmp_path):
-    Image.fromarray(np.zeros((40, 40), np.uint16)).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match="not an image of 8 bits a channel"):
-        load_view(str(tmp_path / "a.png"), SIZE, None)
-
-
 def test_an_image_that_is_gone_is_named(files, tmp_path):
     gone = ImageFiles(str(tmp_path), files.names, files.labels, files.classes)
     with pytest.raises(UserError, match=r"jpg: no such file"):

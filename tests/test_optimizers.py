@@ -245,12 +245,12 @@ def test_linear_with_warmup_is_a_triangle(steps, warmup):
 
 
 @pytest.mark.parametrize("name", ["none", "multistep", "cosine", "onecycle", "linear"])
-@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.9])
-@pytest.mark.parametrize("steps", [1, 2, 3, 4])
-def test_the_shortest_runs_have_a_rate_to_learn_with(name, warmup, steps):
-    factors = [lr_factor(name, step, steps, warmup=warmup) for step in range(steps)]
-    assert max(factors) > 0.5
-    assert all(0 < factor <= 1 for factor in factors)
+def test_the_shortest_runs_have_a_rate_to_learn_with(name):
+    for steps in (1, 2, 3, 4):
+        for warmup in (0.0, 0.1, 0.9):
+            factors = [lr_factor(name, step, steps, warmup=warmup) for step in range(steps)]
+            assert max(factors) > 0.5
+            assert all(0 < factor <= 1 for factor in factors)
 
 
 def test_an_unknown_schedule_is_refused():

@@ -13,7 +13,7 @@ from experiment import errors, parallel, progress
 from experiment.errors import UserError, one_line_errors
 from experiment.flags import Parser
 from experiment.progress import FORECAST_AFTER, Progress
-from experiment.streams import LOST, steady_output
+from experiment.streams import OUTPUT_LOST, steady_output
 from models import read_weights
 
 # ---------------------------------------------------------------------------------------- errors
@@ -174,7 +174,7 @@ def test_a_broken_pipe_ends_no_run(screens, workdir):
         log(made, 40.0, 50.0, 60.0)
         made.finish()
     assert len(stdout.text().splitlines()) == 3
-    assert stderr.text() == LOST  # once
+    assert stderr.text() == OUTPUT_LOST  # once
     assert read_weights("out.pth")[1]["provenance"]["epoch"] == 3
 
 
@@ -187,7 +187,7 @@ def test_a_closed_standard_output_ends_no_run(stdout, screens, workdir):
     with one_line_errors(), make_run(epochs=1) as made:
         log(made, 40.0)
         made.finish()
-    assert stderr.text() == LOST
+    assert stderr.text() == OUTPUT_LOST
     assert read_weights("out.pth")
 
 

@@ -458,6 +458,43 @@ def test_a_finished_network_is_never_lost(workdir, demo_teacher):
     assert len(list(STUDENT.parent.glob("*.pth"))) == 2  # its own export is replaced
 
 
+def test_the_seed_decides_the_first_weights_of_a_teacher(workdir, monkeypatch):
+    kept = []
+    monkeypatch.setattr(teacher_script, "init_from", lambda model, _: kept.append(model))
+    stop_after(monkeypatch, teacher_script, 0)
+    for seed in (0, 1):
+        with pytest.raises(KeyboardInterrupt):
+            run_teacher("--seed", seed)
+        seed_everything(seed)
+        assert torch.equal(kept[seed].conv1.weight, build_model("wrn_16_1").conv1.weight)
+
+
+@pytest.mark.parametrize(
+    ("script", "function", "precisions"),
+    [
+        (teacher_script, "evaluate", [torch.bfloat16, None]),
+        (student_script, "predict", [None, None, torch.bfloat16, None, None]),  # 2 of the teacher
+    ],
+)
+def test_the_rate_falls_over_all_epochs_and_the_last_test_is_in_float32(
+    script, function, precisions, workdir, demo_teacher, monkeypatch
+):
+    tested, test = [], getattr(script, function)
+
+    def recording(model, loader, amp=None):
+        tested.append(amp)
+        return test(model, loader, amp)
+
+    monkeypatch.setattr(script, function, recording)
+    flags = "--amp bf16 --scheduler linear --epochs 2 --lr 0.01 --run_dir run".split()
+    if script is student_script:
+        run_student("--teacher_weights", demo_teacher, *flags)
+    else:
+        run_teacher(*flags)
+    assert tested == precisions
+    assert [float(row["lr"]) for row in metrics("run")] == [0.01, 0.005]
+
+
 # ----------------------------------------------------------------------------------- processes
 
 
@@ -602,40 +639,3 @@ def test_both_scripts_run_on_cuda(workdir, monkeypatch):
     if torch.cuda.is_bf16_supported(including_emulation=False):  # float16 records none
         assert all(step.graph is not None for step in steps)
     assert len(steps) == 2
-
-
-def test_the_seed_decides_the_first_weights_of_a_teacher(workdir, monkeypatch):
-    kept = []
-    monkeypatch.setattr(teacher_script, "init_from", lambda model, _: kept.append(model))
-    stop_after(monkeypatch, teacher_script, 0)
-    for seed in (0, 1):
-        with pytest.raises(KeyboardInterrupt):
-            run_teacher("--seed", seed)
-        seed_everything(seed)
-        assert torch.equal(kept[seed].conv1.weight, build_model("wrn_16_1").conv1.weight)
-
-
-@pytest.mark.parametrize(
-    ("script", "function", "precisions"),
-    [
-        (teacher_script, "evaluate", [torch.bfloat16, None]),
-        (student_script, "predict", [None, None, torch.bfloat16, None, None]),  # 2 of the teacher
-    ],
-)
-def test_the_rate_falls_over_all_epochs_and_the_last_test_is_in_float32(
-    script, function, precisions, workdir, demo_teacher, monkeypatch
-):
-    tested, test = [], getattr(script, function)
-
-    def recording(model, loader, amp=None):
-        tested.append(amp)
-        return test(model, loader, amp)
-
-    monkeypatch.setattr(script, function, recording)
-    flags = "--amp bf16 --scheduler linear --epochs 2 --lr 0.01 --run_dir run".split()
-    if script is student_script:
-        run_student("--teacher_weights", demo_teacher, *flags)
-    else:
-        run_teacher(*flags)
-    assert tested == precisions
-    assert [float(row["lr"]) for row in metrics("run")] == [0.01, 0.005]

@@ -196,18 +196,6 @@ def test_bad_input(argv, code, expected, workdir, capsys):
     assert not list(workdir.glob("**/*.pth"))
 
 
-@pytest.mark.slow
-def test_flags_of_another_run(workdir, capsys):
-    train("--run_dir", "run", "--epochs", 1)
-    argv = ["--resume", "run", "--channels", "16"]
-    text = fails(train_diffusion, argv, capsys)[1]
-    assert "run was started with --channels 8: --resume cannot change it" in text
-    Path("run/last.pt").write_bytes(b"broken")
-    assert (
-        "run/last.pt is not a weight file" in fails(train_diffusion, ["--resume", "run"], capsys)[1]
-    )
-
-
 def test_labels_are_dropped_as_the_flag_says_and_the_rate_falls_over_all_epochs(
     workdir, monkeypatch
 ):
