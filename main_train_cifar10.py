@@ -175,7 +175,7 @@ def load_train_set(args: Namespace, classes: tuple[str, ...]) -> data.ImageSet:
 
 
 def load_teacher(args: Namespace, classes: tuple[str, ...]) -> tuple[nn.Module, str, dict]:
-    """The teacher, the checksum of its weights, and the SHA-256 of each of its files."""
+    """The teacher, a checksum of its weights, and the SHA-256 of its files. Errors: UserError."""
     members, files = [], {}
     for source in args.teacher_weights:
         if source == "random":

@@ -214,7 +214,7 @@ def _imagenet_weights(model: nn.Module) -> dict[str, Tensor]:
     weights = torchvision.models.get_model_weights(arch).IMAGENET1K_V1
     try:
         with timeout():
-            return dict(weights.get_state_dict(progress=False, check_hash=True))
+            return dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
     except Exception as error:  # no network, or a download cut short
         hint = "use --init random, or --init PATH with torchvision's file"
         raise UserError(f"{arch}'s weights cannot be downloaded ({error}); {hint}") from error

@@ -114,8 +114,9 @@ def save_predictions(
     per_class.csv has one row per class: accuracy in percent, mean cross-entropy in nats and, for a
     student, the percent of the images for which the teacher predicts the same class.
     predictions.csv has one row per image. Classes are numbers from 0, and `probability` is the
-    prediction's. mistakes.npz has the same columns for the thirty mistakes of highest probability,
-    and their `images`, uint8 (30, 32, 32, 3). Both logits: float (N, classes), on the CPU.
+    prediction's. mistakes.npz has the same columns for the (up to) thirty mistakes of highest
+    probability, and their `images`, uint8 (n, 32, 32, 3). Both logits: float (N, classes), on the
+    CPU. Errors: UserError.
     """
     labels, prediction, logits = test_set.labels, logits.argmax(1), logits.double()
     table = {
@@ -148,7 +149,10 @@ def save_predictions(
 
 @AS_WRITTEN
 def plot_run(folder: str | Path, output: str | Path | None = None) -> list[Path]:
-    """Draw the plots of one run to its folder, or to `output`; returns their paths."""
+    """Draw the plots of one run to its folder, or to `output`; returns their paths.
+
+    Errors: UserError that names the table.
+    """
     folder, output = Path(folder), Path(output or folder)
     paths = plot_runs([folder], output)
     for source, draw in (("predictions.csv", _draw_confusion), ("mistakes.npz", _draw_mistakes)):
@@ -159,7 +163,10 @@ def plot_run(folder: str | Path, output: str | Path | None = None) -> list[Path]
 
 @AS_WRITTEN
 def plot_runs(folders: Sequence[str | Path], output: str | Path) -> list[Path]:
-    """Draw the curves of several runs, overlaid, to `output`; returns the paths."""
+    """Draw the curves of several runs, overlaid, to `output`; returns the paths.
+
+    Errors: UserError that names the table.
+    """
     runs = {str(folder): read_metrics(folder, classifier=False) for folder in folders}
     Path(output).mkdir(parents=True, exist_ok=True)
     paths = [_draw_losses(runs, Path(output) / PICTURES[0])]

@@ -85,7 +85,7 @@ def _autocast_dtype(device: torch.device, amp: str) -> torch.dtype | None:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether `device` multiplies bfloat16 in hardware: GPUs from Ampere on, some CPUs."""
+    """Whether bfloat16 is known to be fast: CUDA from Ampere on, some x86 CPUs under Linux."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     flags = set(_cpu_info("flags").split())
@@ -93,7 +93,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def hardware(device: torch.device) -> str:
-    """The name of the GPU, or of the processor with the number of threads that PyTorch uses."""
+    """The name of the CUDA GPU, or of the processor, with its threads or `mps` or `xpu`."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     elif device.type != "cpu":

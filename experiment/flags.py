@@ -203,8 +203,9 @@ def add_run_flags(parser: Parser, name: str, output: str) -> None:
     add("--device", type=device, default="auto",
         help="auto, cpu, cuda, cuda:N, mps, xpu or xpu:N [%(default)s]")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
-        help="autocast; auto is bf16 on GPUs and CPUs that have it in hardware, fp16 with loss "
-        "scaling on older CUDA GPUs, else off [%(default)s]")
+        help="autocast; auto is bf16 on CUDA GPUs from Ampere on and, on Linux, on CPUs with "
+        "avx512_bf16 or amx_bf16, fp16 with loss scaling on older CUDA GPUs, else off "
+        "[%(default)s]")
     add("--no_cuda_graph", action="store_true",
         help="on CUDA, launch every kernel from Python instead of replaying a CUDA graph")
     add("--run_dir", type=Path, metavar="DIR", help=f"new folder of the run [runs/{name}-001, ...]")

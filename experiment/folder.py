@@ -34,8 +34,8 @@ CHECKPOINTS = ("last.pt", "best.pt", LOCK)
 OTHER_SUFFIXES = (".json", ".csv", ".png", ".npz", ".tmp")
 # Where files are and what computes: only these flags may change when a run is resumed.
 MAY_CHANGE_ON_RESUME = (
-    "resume output data_dir synthetic_data_dir val_dir teacher_weights label_file "
-    "device no_cuda_graph workers"
+    "resume output data_dir synthetic_data_dir download_synthetic val_dir teacher_weights "
+    "label_file device no_cuda_graph workers"
 ).split()
 
 
@@ -176,7 +176,7 @@ def check_output(path: Path, folder: Path) -> None:
 def lock(folder: Path) -> BinaryIO:
     """Keep other processes out of `folder` until the file is closed, or this process ends.
 
-    Errors: UserError if another process has locked it.
+    Not on Windows, nor on a disk without locks. Errors: UserError if another process has locked it.
     """
     check_regular(folder / LOCK)
     file = open(folder / LOCK, "ab")  # noqa: SIM115

@@ -2,8 +2,8 @@
 
 torchrun starts one process, a rank, for each GPU
 (https://docs.pytorch.org/docs/stable/elastic/run.html). All ranks run the same script with the same
-seeds; each trains on its slice of every batch, and gradients are averaged. Rank 0 alone prints and
-writes. With plain `python` there is one rank, and everything here is a no-op.
+seeds; each trains on its slice of every batch, and gradients are averaged. Rank 0 alone writes,
+and prints all but errors. With plain `python` there is one rank, and everything here is a no-op.
 """
 
 import os
@@ -61,7 +61,7 @@ def is_rank_zero() -> bool:
 
 
 def launcher() -> str:
-    """`python`, or `torchrun --nproc_per_node=N`: what starts a job of this size."""
+    """`python`, or `torchrun --nproc_per_node=N`: what starts a job of this size on one machine."""
     here = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return "python" if world_size() == 1 else f"torchrun --nproc_per_node={here}"
 

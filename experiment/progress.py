@@ -13,7 +13,7 @@ BAR = "{percentage:3.0f}% {bar} epoch {n:.2f}/{total} [{elapsed}<{remaining}{pos
 
 
 class Progress:
-    """One line per epoch; on a terminal a progress bar, elsewhere a forecast in the first epoch.
+    """One line per epoch; on a terminal a progress bar, elsewhere a forecast in a long first epoch.
 
     In a resumed run, `done` of the `epochs` were trained before.
     """

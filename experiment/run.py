@@ -48,8 +48,8 @@ class Run:
 
     Every epoch the state is copied in memory, and written to disk at most every SAVE_EVERY seconds.
     Leaving the `with` block, also by a signal, writes the last copy. metrics.csv is written from
-    the history in last.pt, so they cannot disagree. Only rank 0 writes to the folder. Errors:
-    UserError, OSError.
+    the history in last.pt, right after it, and again by --resume. Only rank 0 writes to the folder.
+    Errors: UserError, OSError.
     """
 
     def __init__(

@@ -63,10 +63,10 @@ def list_images(
 
     A number is the class, and classes may be missing. Other folders, sorted, are the classes, and
     there have to be `num_classes` of them. For the 1000 WordNet ids of ImageNet this is the order
-    of every published network. A set with only some of its teacher's classes needs `classes`: all
-    of them in order, from `read_classes`. Numbered folders are checked against `classes`, and the
-    names of 1000 classes against torchvision's. Only hidden files are skipped. Errors: UserError
-    that names the file and the rule.
+    of every published network. Such folders for only some of the teacher's classes need `classes`:
+    all of them in order, from `read_classes`. Numbered folders are checked against `classes`, and
+    the names of 1000 classes against torchvision's. Only hidden files are skipped. Errors:
+    UserError that names the file and the rule.
     """
     folder = str(folder)
     if not os.path.isdir(folder):

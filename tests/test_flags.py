@@ -161,8 +161,9 @@ def test_what_a_run_computes_cannot_change_when_it_is_resumed(change, tmp_path, 
 def test_where_the_files_are_may_change_when_a_run_is_resumed(tmp_path):
     write_config(tmp_path, vars(student_script.parse_args([])))
     change = "--data_dir a --synthetic_data_dir b --teacher_weights c.pth --output d.pth"
-    argv = ["--resume", str(tmp_path), *change.split(), "--no_cuda_graph"]
+    argv = ["--resume", str(tmp_path), *change.split(), "--no_cuda_graph", "--download_synthetic"]
     args = student_script.parse_args(argv)
     assert (args.data_dir, args.synthetic_data_dir) == (Path("a"), Path("b"))
     assert (args.teacher_weights, args.output) == (["c.pth"], Path("d.pth"))
     assert args.no_cuda_graph
+    assert args.download_synthetic

@@ -390,6 +390,16 @@ def test_a_pickle_that_would_run_code_does_not_run(workdir):
     assert not (workdir / "ran.txt").exists()
 
 
+def test_nor_does_one_in_place_of_torchvisions_weights(workdir, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(workdir))
+    path = workdir / "hub" / "checkpoints" / ResNet50_Weights.IMAGENET1K_V1.url.split("/")[-1]
+    path.parent.mkdir(parents=True)
+    torch.save({"conv1.weight": Malice()}, path)
+    with pytest.raises(UserError):
+        init_from(build_model("resnet50"), "imagenet")
+    assert not (workdir / "ran.txt").exists()
+
+
 # ------------------------------------------------------------------------------------------ starts
 
 
@@ -480,7 +490,8 @@ def test_the_weights_of_imagenet_are_the_first_ones_and_are_checked(monkeypatch)
     monkeypatch.setattr(WeightsEnum, "get_state_dict", get_state_dict)
     with pytest.raises(UserError):
         init_from(build_model("resnet50"), "imagenet")
-    assert asked == [(ResNet50_Weights.IMAGENET1K_V1, {"progress": False, "check_hash": True})]
+    safely = {"progress": False, "check_hash": True, "weights_only": True}
+    assert asked == [(ResNet50_Weights.IMAGENET1K_V1, safely)]
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "wrn_16_4"])
