@@ -1,4 +1,4 @@
-"""Variants of CIFAKE: fewer images, those that a teacher disputes or not, or degraded ones.
+"""Variants of CIFAKE: fewer images, those that a teacher disputes or not, renamed or degraded ones.
 
     python synthetic_data/variants.py subset --count 10000 runs/variants/10000
     python synthetic_data/variants.py disputed --teacher_weights t.pth runs/variants/disputed
@@ -13,8 +13,12 @@ afterwards.
     disputed   all images for which the teacher predicts another class than the intended one
     agreed     of the other images, as many of each class as are disputed
     undivided  of all images, as many of each class as are disputed
+    renamed    all images, each with a name of the class that the teacher predicts
     blur       all images, after a Gaussian blur of --radius pixels
     jpeg       all images, as JPEGs of --quality
+
+Disputed, agreed and undivided sets have the same intended classes, but not the same of the
+teacher, which are what a student of it learns; and the teacher is less sure of disputed images.
 """
 
 import os
@@ -38,7 +42,7 @@ from experiment.device import pick_device
 from experiment.errors import UserError, one_line_errors
 from models import load_model
 
-JUDGED = ("disputed", "agreed", "undivided")
+JUDGED = ("disputed", "agreed", "undivided", "renamed")
 SPOILT = ("blur", "jpeg")
 KINDS = ("subset", *JUDGED, *SPOILT)
 
@@ -55,7 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--count", type=flags.int_in(1, 10**9), default=10_000, metavar="N",
         help="number of images of a subset [%(default)s]")
     add("--teacher_weights", default="teacher_cifar10_finetuned.pth", metavar="FILE",
-        help="the teacher that disputes images [%(default)s]")
+        help="the teacher that disputes or renames images [%(default)s]")
     add("--radius", type=flags.float_in(0, 32, above=True), default=1.0, metavar="X",
         help="radius of the blur, in pixels [%(default)s]")
     add("--quality", type=flags.int_in(1, 95), default=5, metavar="N",
@@ -76,7 +80,8 @@ def main(args: Namespace) -> None:
         raise UserError(f"{args.folder} is among the images to choose from: name another folder")
     images = load_cifake(args.synthetic_data_dir)
     files = [args.synthetic_data_dir / name for name in visible(args.synthetic_data_dir)]
-    chosen = torch.arange(len(images)) if args.kind in SPOILT else choose(images, args)
+    predicted = predict_classes(images, args) if args.kind in JUDGED else images.labels
+    chosen = choose(images, predicted, args)
     if len(chosen) == 0:
         raise UserError("the teacher disputes none of the images")
     args.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +90,10 @@ def main(args: Namespace) -> None:
         partial = Path(folder, "images")  # with the permissions of any other folder
         partial.mkdir()
         for i in chosen.tolist():
-            write(files[i], images.images[i], partial, args)
+            if args.kind == "renamed":
+                shutil.copyfile(files[i], partial / named(i, int(predicted[i]), files[i].suffix))
+            else:
+                write(files[i], images.images[i], partial, args)
         partial.rename(args.folder)
     print(f"{args.folder}: {len(chosen):,} images")
 
@@ -103,17 +111,29 @@ def write(file: Path, image: Tensor, folder: Path, args: Namespace) -> None:
         picture.save(folder / f"{file.stem}.jpg", quality=args.quality)
 
 
-def choose(images: ImageSet, args: Namespace) -> Tensor:
+def named(number: int, label: int, suffix: str) -> str:
+    """A file name of CIFAKE's form, see `cifake_label`."""
+    return f"{number:05}{f' ({label + 1})' if label > 0 else ''}{suffix}"
+
+
+def predict_classes(images: ImageSet, args: Namespace) -> Tensor:
+    """The classes that the teacher sees, int64 (N,). Errors: UserError."""
+    device, amp = pick_device("auto", "off")
+    teacher = load_model(args.teacher_weights, classes=list(images.classes)).to(device)
+    loader = DeviceLoader(images, TEST_BATCH_SIZE, device, train=False)
+    return predict(teacher, loader, amp).argmax(1)
+
+
+def choose(images: ImageSet, predicted: Tensor, args: Namespace) -> Tensor:
     """Indices into `images`, int64 (n,), of the images of `args.kind`. Errors: UserError."""
+    if args.kind in ("renamed", *SPOILT):
+        return torch.arange(len(images))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     if args.kind == "subset":
         if args.count > len(images):
             raise UserError(f"--count {args.count}: there are {len(images)} images")
         return order[: args.count]
-    device, amp = pick_device("auto", "off")
-    teacher = load_model(args.teacher_weights, classes=list(images.classes)).to(device)
-    loader = DeviceLoader(images, TEST_BATCH_SIZE, device, train=False)
-    disputed = predict(teacher, loader, amp).argmax(1) != images.labels
+    disputed = predicted != images.labels
     if args.kind == "disputed":
         return disputed.nonzero()[:, 0]
     if args.kind == "agreed":

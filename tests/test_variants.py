@@ -10,9 +10,10 @@ import torch
 from conftest import fails, snapshot
 from PIL import Image
 
-from data import CLASSES, load_cifake
+from data import CLASSES, DeviceLoader, load_cifake
+from engine import predict
 from experiment.files import save
-from models import build_model, to_checkpoint
+from models import build_model, load_model, to_checkpoint
 from synthetic_data import variants
 
 
@@ -50,6 +51,19 @@ def test_disputed_images_and_as_many_of_each_class_of_all(source):
     assert (disputed.labels >= 2).sum() == 32  # no image of another class is agreed on
     counts = [torch.bincount(part.labels, minlength=10) for part in (disputed, undivided)]
     assert torch.equal(*counts)
+
+
+def test_renamed_images_have_the_classes_of_the_teacher(source):
+    before, teacher = load_cifake(source), load_model("teacher.pth")
+    loader = DeviceLoader(before, 40, "cpu", train=False)
+    with torch.no_grad():
+        teacher.fc.bias -= predict(teacher, loader).median(0).values  # it sees several classes
+    save(Path("teacher.pth"), to_checkpoint(teacher, CLASSES))
+    make(source, "renamed", "renamed", "--teacher_weights", "teacher.pth")
+    after = load_cifake("renamed")
+    assert torch.equal(before.images, after.images)  # in the same order
+    assert torch.equal(after.labels, predict(teacher, loader).argmax(1))
+    assert len(after.labels.unique()) > 2
 
 
 @pytest.mark.parametrize(("kind", "flag", "suffix"), [("blur", 2, ".png"), ("jpeg", 5, ".jpg")])
