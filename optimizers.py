@@ -46,8 +46,9 @@ class Muon(Optimizer):
 
     Every direction then learns at the same pace, and no weight decay is needed (Jordan et al. 2024,
     kellerjordan.github.io/posts/muon). Linear layers take Nesterov SGD at MATRIX_RATE * lr, vectors
-    (biases, BatchNorm) at VECTOR_RATE * lr, both with momentum 0.85 and `weight_decay`. These are
-    the rates of airbench94 (Jordan 2024, arXiv 2404.00498), which sums its loss over the batch.
+    (biases, BatchNorm) at VECTOR_RATE * lr, both with momentum 0.85 and `weight_decay`. The
+    rates are those of airbench94_muon.py (github.com/KellerJordan/cifar10-airbench), which sums its
+    loss over 2,000 images and divides its logits by more than `Airbench` does.
     `dtype` is for the multiplications of `newton_schulz`.
     """
 
