@@ -3,7 +3,8 @@
 A frozen convolution whitens 2x2 patches; three groups of two 3x3 convolutions follow, from 31x31
 pixels to 15x15, 7x7 and 3x3. airbench94 has a fifth of a ResNet18's arithmetic and reaches
 93 % on CIFAR-10 in ten epochs. As published, but for the averaging of mirrored and shifted copies
-at test time, with which it reaches 94 %.
+at test time, with which it reaches 94 %. Here it is trained with a mean loss, without label
+smoothing, and its whitening bias learns throughout.
 """
 
 from itertools import pairwise

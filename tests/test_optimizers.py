@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, OneCycleLR
 
 import main_train_cifar10 as student_script
 import optimizers
+from models import build_model
 from optimizers import Muon, build_optimizer, build_scheduler, lr_factor, newton_schulz
 
 RECIPE = student_script.parse_args([])
@@ -42,7 +43,7 @@ def test_optimizers_take_their_flags():
     filters, matrices, vectors = muon.param_groups
     assert [len(group["params"]) for group in muon.param_groups] == [1, 1, 2]
     assert (filters["lr"], filters["momentum"], filters["weight_decay"]) == (0.1, 0.6, 0)
-    assert (matrices["lr"], vectors["lr"]) == pytest.approx((0.28, 0.022))
+    assert (matrices["lr"], vectors["lr"]) == pytest.approx((0.0035, 0.022))
     for group in (matrices, vectors):
         assert (group["momentum"], group["weight_decay"]) == (0.85, 0.2)
 
@@ -89,7 +90,7 @@ def test_a_muon_step_is_the_published_one():
     torch.manual_seed(0)
     filters, matrix, bias = torch.randn(8, 4, 3, 3), torch.randn(10, 8), torch.randn(10)
     ours = [nn.Parameter(p.clone()) for p in (filters, matrix, bias)]
-    optimizer = Muon(ours, lr=0.1, momentum=0.6, weight_decay=0.01)
+    optimizer = Muon(ours, lr=0.1, momentum=0.6, weight_decay=0.01, head=2.8)
     momenta = [torch.zeros_like(p) for p in ours]
     sgd = [nn.Parameter(p.clone()) for p in (matrix, bias)]
     theirs = torch.optim.SGD(
@@ -109,6 +110,19 @@ def test_a_muon_step_is_the_published_one():
         filters = filters * 8**0.5 / filters.norm() - 0.1 * update
     torch.testing.assert_close(ours[0].detach(), filters)
     torch.testing.assert_close(ours[1:], sgd)
+
+
+def test_a_head_learns_as_fast_whether_or_not_its_logits_are_divided_by_9():
+    """At first order: the change of the logits, for the same features and the same gradient."""
+    changes = {}
+    for arch in ("airbench94", "resnet18"):
+        model = build_model(arch)
+        head = build_optimizer(model, recipe(optimizer="muon", lr=0.1)).param_groups[1]
+        assert {len(p) for p in head["params"]} == {10}
+        divisor = 9 if arch == "airbench94" else 1
+        changes[arch] = head["lr"] / divisor**2
+    assert changes["airbench94"] == 2.8 * 0.1 / 81  # as in the published runs, bit for bit
+    assert changes["airbench94"] == pytest.approx(changes["resnet18"], rel=0.02)
 
 
 @pytest.mark.parametrize("fast", [True, False])
