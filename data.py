@@ -208,7 +208,7 @@ def load_class_folders(
     """The images in folders named like `classes`, at 32x32; with `limit`, the first of them.
 
     For synthetic images of CIFAR-100. The first image of every class comes before the second of
-    any, as in CIFAKE: a limit of at least their number keeps all classes. Errors: UserError that
+    any, as in CIFAKE: a limit of at least `len(classes)` keeps all of them. Errors: UserError that
     names the file or the folder.
     """
     for name in sorted({*classes, *visible(folder)}):

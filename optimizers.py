@@ -26,7 +26,7 @@ def build_optimizer(model: nn.Module, args: Namespace, amp: torch.dtype | None =
     parameters = [p for p in model.parameters() if p.requires_grad]
     if args.optimizer == "muon":
         dtype = torch.bfloat16 if amp and has_bfloat16(parameters[0].device) else torch.float32
-        head = 2.8 if isinstance(model, Airbench) else 0.035  # 81 times less, see `Muon`
+        head = Muon.AIRBENCH_HEAD if isinstance(model, Airbench) else Muon.HEAD
         return Muon(parameters, args.lr, args.momentum, args.weight_decay, dtype, head)
     cuda = parameters[0].is_cuda
     options = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": cuda}
@@ -48,14 +48,15 @@ class Muon(Optimizer):
 
     Every direction then learns at the same pace, and no weight decay is needed (Jordan et al. 2024,
     kellerjordan.github.io/posts/muon). Linear layers take Nesterov SGD at `head` * lr, vectors
-    (biases, BatchNorm) at VECTOR_RATE * lr, both with momentum 0.85 and `weight_decay`. These rates
-    are the numbers of airbench94_muon.py (github.com/KellerJordan/cifar10-airbench), which sums its
-    loss over 2,000 images and divides its logits by more than `Airbench` does. `Airbench` divides
-    them by 9, which slows its head 81-fold: a network without that needs a `head` as much smaller.
-    `dtype` is for the multiplications of `newton_schulz`.
+    (biases, BatchNorm) at VECTOR_RATE * lr, both with momentum 0.85 and `weight_decay`. VECTOR_RATE
+    and AIRBENCH_HEAD are the numbers of airbench94_muon.py (github.com/KellerJordan/
+    cifar10-airbench), which sums its loss over 2,000 images and divides its logits by 256.
+    `Airbench` divides them by 9, which slows its head 81-fold. HEAD, for networks that do not, is
+    as much smaller, and so is their head's weight decay. `dtype` is for the multiplications of
+    `newton_schulz`.
     """
 
-    VECTOR_RATE, OTHER_MOMENTUM = 0.22, 0.85
+    AIRBENCH_HEAD, HEAD, VECTOR_RATE, OTHER_MOMENTUM = 2.8, 0.035, 0.22, 0.85
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class Muon(Optimizer):
         momentum: float,
         weight_decay: float = 0.0,
         dtype: torch.dtype = torch.float32,
-        head: float = 0.035,
+        head: float = HEAD,
     ) -> None:
         parameters = list(parameters)
         filters = [p for p in parameters if p.ndim == 4]

@@ -24,9 +24,9 @@ for seed in ${*:-0 1 2}; do
             --synthetic_data_dir "$cifake" "$renamed"
     fi
     student renamed --teacher_weights "$teacher" "${data[@]}" --hard_labels \
-        --synthetic_data_dir "$renamed" # the teacher's classes, without the softness
+        --synthetic_data_dir "$renamed" # the teacher's classes without the softness
     student noise --teacher_weights "$teacher" "${data[@]}" --train_on noise    # a teacher, no images
-    student real --teacher_weights "$teacher" "${data[@]}" --train_on real      # the teacher's own images
+    student real --teacher_weights "$teacher" "${data[@]}" --train_on real      # the teacher's images
     student untrained_teacher --teacher_weights random "${both[@]}"             # outputs mean nothing
 done
 summary "$runs"/*-[0-9]*/

@@ -77,7 +77,7 @@ def main(args: Namespace) -> None:
         shares = counts / counts.sum() if shares is None else shares  # of the test set
         same = compare(logits[1], logits[0], TEMPERATURE)
         row = [name, *(score(x, images.labels)["accuracy"] for x in logits), same["agreement"]]
-        row += [(shares * agreement).nansum().item(), same["loss"]]
+        row += [weighted(counts, agreement, shares).item(), same["loss"]]
         rows.append([*row, 100 * logits[0].softmax(1).amax(1).mean().item()])
     columns = "set teacher student agreement weighted kd_loss confidence"
     write(args.output / "sets.csv", columns, rows)
@@ -96,6 +96,12 @@ def by_confidence(of_teacher: Tensor, of_student: Tensor) -> tuple[Tensor, Tenso
     inside = [(confidence > low) & (confidence <= high) for low, high in pairwise(EDGES)]
     counts = torch.stack([own.sum() for own in inside])
     return counts, torch.stack([100 * matches[own].float().mean() for own in inside])
+
+
+def weighted(counts: Tensor, agreement: Tensor, shares: Tensor) -> Tensor:
+    """The agreement if the bins had these shares; bins without images are left out."""
+    there = counts > 0
+    return (shares[there] * agreement[there]).sum() / shares[there].sum()
 
 
 @torch.no_grad()

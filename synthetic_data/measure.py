@@ -173,7 +173,7 @@ def frechet_inception_distance(
     try:
         import torch_fidelity
 
-        metrics = torch_fidelity.calculate_metrics(
+        metrics = torch_fidelity.calculate_metrics(  # it asks for a Dataset
             input1=Subset(generated.images, range(len(generated))),
             input2=Subset(train_set.images, range(len(train_set))),
             cuda=device.type == "cuda",

@@ -17,8 +17,8 @@ afterwards.
     blur       all images, after a Gaussian blur of --radius pixels
     jpeg       all images, as JPEGs of --quality
 
-Disputed, agreed and undivided sets have the same intended classes, but not the same of the
-teacher, which are what a student of it learns; and the teacher is less sure of disputed images.
+Disputed, agreed and undivided sets have the same intended classes, but other classes by the
+teacher, and those are what its student learns. The teacher is also less sure of disputed images.
 """
 
 import os
@@ -90,30 +90,30 @@ def main(args: Namespace) -> None:
         partial = Path(folder, "images")  # with the permissions of any other folder
         partial.mkdir()
         for i in chosen.tolist():
+            name = files[i].name
             if args.kind == "renamed":
-                shutil.copyfile(files[i], partial / named(i, int(predicted[i]), files[i].suffix))
-            else:
-                write(files[i], images.images[i], partial, args)
+                name = cifake_name(i, int(predicted[i])) + files[i].suffix
+            write(files[i], images.images[i], partial / name, args)
         partial.rename(args.folder)
     print(f"{args.folder}: {len(chosen):,} images")
 
 
-def write(file: Path, image: Tensor, folder: Path, args: Namespace) -> None:
+def write(file: Path, image: Tensor, target: Path, args: Namespace) -> None:
     """Degrade `image`, uint8 (3, 32, 32), as `args.kind` says, or copy its `file` unchanged."""
     if args.kind not in SPOILT:
-        shutil.copyfile(file, folder / file.name)
+        shutil.copyfile(file, target)
         return
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())  # (32, 32, 3)
     if args.kind == "blur":
         blurred = picture.filter(ImageFilter.GaussianBlur(args.radius))
-        blurred.save(folder / f"{file.stem}.png")
+        blurred.save(target.with_suffix(".png"))
     else:
-        picture.save(folder / f"{file.stem}.jpg", quality=args.quality)
+        picture.save(target.with_suffix(".jpg"), quality=args.quality)
 
 
-def named(number: int, label: int, suffix: str) -> str:
-    """A file name of CIFAKE's form, see `cifake_label`."""
-    return f"{number:05}{f' ({label + 1})' if label > 0 else ''}{suffix}"
+def cifake_name(number: int, label: int) -> str:
+    """The stem of a file name of which `cifake_label` makes `label`."""
+    return f"{number:06}" + f" ({label + 1})" * (label > 0)
 
 
 def predict_classes(images: ImageSet, args: Namespace) -> Tensor:

@@ -1,6 +1,7 @@
 """scripts/transfer.py: what passes from a teacher to its student."""
 
 import csv
+import math
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,13 @@ def test_agreement_is_counted_where_the_teacher_is_as_sure():
     assert agreement[sure].item() == pytest.approx(200 / 3)
 
 
-def test_statistics_of_the_training_images_change_nothing_for_who_has_them(workdir, cifake):
+def test_agreement_is_weighted_by_the_shares_of_the_test_set():
+    counts, agreement = torch.tensor([8, 2, 0]), torch.tensor([50.0, 100.0, math.nan])
+    weighted = transfer.weighted(counts, agreement, torch.tensor([0.2, 0.4, 0.4]))
+    assert weighted.item() == pytest.approx(50 / 0.6)
+
+
+def test_statistics_change_nothing_for_a_network_that_has_them(workdir, cifake):
     images, model = load_cifake(cifake), build_model("wrn_16_1")
     save(Path("net.pth"), to_checkpoint(transfer.with_statistics(model, images, "crop"), CLASSES))
     once, loader = load_model("net.pth"), DeviceLoader(images, 40, "cpu", train=False)
