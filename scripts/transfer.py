@@ -82,11 +82,11 @@ def main(args: Namespace) -> None:
     columns = "set teacher student agreement weighted kd_loss confidence"
     write(args.output / "sets.csv", columns, rows)
     write(args.output / "confidence.csv", "set from to images agreement", bins)
-    rows = [["stored", evaluate(pair[1], loaders["real test"])["accuracy"]]]
+    accuracies = [["stored", rows[0][2]]]  # of the student on the test set
     for name in ("CIFAKE", "real training"):
         student = with_statistics(pair[1], sets[name], args.augment)
-        rows.append([name, evaluate(student, loaders["real test"])["accuracy"]])
-    write(args.output / "statistics.csv", "statistics student", rows)
+        accuracies.append([name, evaluate(student, loaders["real test"])["accuracy"]])
+    write(args.output / "statistics.csv", "statistics student", accuracies)
 
 
 def by_confidence(of_teacher: Tensor, of_student: Tensor) -> tuple[Tensor, Tensor]:
