@@ -6,10 +6,11 @@
 A run's folder is named SETTING-SEED. Of a run that is not in the first folder, config.json,
 metrics.csv and per_class.csv are copied there.
 
-summary.csv has one row per setting: the number of seeds, the teacher's accuracy, mean and sample
-standard deviation of the last epoch's accuracy, the mean of the best epochs (picked on the test
-set), other columns of the last epoch, the minutes of a run, hardware and commit. The minutes are
-those of the whole run or, if it did not record them, of its epochs only.
+summary.csv has one row per setting: the number of seeds, the teacher's accuracy, mean, sample
+standard deviation and single values (in the order of the runs) of the last epoch's accuracy, the
+mean of the best epochs (picked on the test set), other columns of the last epoch, the minutes of a
+run, hardware, precision and commit. The minutes are those of the whole run or, if it did not record
+them, of its epochs only.
 """
 
 import json
@@ -31,6 +32,7 @@ from experiment.folder import MAY_CHANGE_ON_RESUME
 from plots import read_metrics
 
 KEPT = ("config.json", "metrics.csv", "per_class.csv")
+PROVENANCE = {"hardware": "hardware", "precision": "precision", "commit": "git_commit"}
 ENDS = {"train_agreement": 2, "val_kd_loss": 4, "val_agreement": 2}
 
 
@@ -106,15 +108,20 @@ def summary(setting: str, runs: list[dict]) -> dict[str, str | int]:
         "teacher": mean([x for x in teachers if x is not None]),
         "last_mean": mean(last),
         "last_std": f"{statistics.stdev(last):.2f}" if len(last) > 1 else "",
+        "last": " ".join(f"{accuracy:.2f}" for accuracy in last),
         "best_mean": mean([max(table["test_accuracy"]) for table in tables]),
         **{
             key: mean([table[key][-1] for table in tables if key in table], digits)
             for key, digits in ENDS.items()
         },
         "minutes": mean([seconds(run) / 60 for run in runs]),
-        "hardware": " / ".join(sorted({part["hardware"] for part in parts})),
-        "commit": " / ".join(sorted({str(part["git_commit"]) for part in parts})),
+        **{column: values(parts, key) for column, key in PROVENANCE.items()},
     }
+
+
+def values(parts: list[dict], key: str) -> str:
+    """All values of `key` in the parts of runs; older runs do not have every key."""
+    return " / ".join(sorted({str(part[key]) for part in parts if key in part}))
 
 
 def seconds(run: dict) -> float:

@@ -36,6 +36,7 @@ def test_a_row_for_each_setting_has_the_last_epochs_of_its_seeds(workdir):
     both, one = summary("runs", "runs/kd-0/", "runs/kd-1", "runs/labels-0", "runs/labels-1")
     assert (both["setting"], both["n"], both["teacher"]) == ("kd", "2", "93.00")
     assert (both["last_mean"], both["last_std"], both["best_mean"]) == ("72.00", "2.83", "73.00")
+    assert (both["last"], one["last"]) == ("70.00 74.00", "40.00")
     assert (both["train_agreement"], both["minutes"], both["commit"]) == ("60.00", "2.00", "abc")
     assert (one["setting"], one["n"], one["last_mean"]) == ("labels", "1", "40.00")
     assert one["last_std"] == ""
@@ -82,15 +83,18 @@ def test_what_is_no_run_is_named(workdir):
     assert not Path("results").exists()
 
 
-def test_minutes_and_teacher_are_those_of_all_parts_and_seeds(workdir):
+def test_minutes_teacher_and_precision_are_those_of_all_parts_and_seeds(workdir):
     made_run("runs/kd-0", 70)
     made_run("runs/kd-1", 72)
     path = Path("runs/kd-0/config.json")
     config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"parts": 2 * config["parts"], "teacher_accuracy": 91.0}))
+    (part,) = config["parts"]
+    parts = [part | {"precision": "float32"}, part | {"precision": "bfloat16"}]
+    path.write_text(json.dumps(config | {"parts": parts, "teacher_accuracy": 91.0}))
     Path("runs/kd-0/per_class.csv").touch()
     (row,) = summary("out", "runs/kd-0", "runs/kd-1")
     assert (row["minutes"], row["teacher"]) == ("2.25", "92.00")
+    assert row["precision"] == "bfloat16 / float32"  # the run without one is older
     assert Path("out/kd-0/per_class.csv").exists()
 
 
