@@ -32,7 +32,6 @@ from experiment.folder import MAY_CHANGE_ON_RESUME
 from plots import read_metrics
 
 KEPT = ("config.json", "metrics.csv", "per_class.csv")
-PROVENANCE = {"hardware": "hardware", "precision": "precision", "commit": "git_commit"}
 ENDS = {"train_agreement": 2, "val_kd_loss": 4, "val_agreement": 2}
 
 
@@ -115,7 +114,9 @@ def summary(setting: str, runs: list[dict]) -> dict[str, str | int]:
             for key, digits in ENDS.items()
         },
         "minutes": mean([seconds(run) / 60 for run in runs]),
-        **{column: values(parts, key) for column, key in PROVENANCE.items()},
+        "hardware": values(parts, "hardware"),
+        "precision": values(parts, "precision"),
+        "commit": values(parts, "git_commit"),
     }
 
 
