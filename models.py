@@ -28,6 +28,7 @@ from experiment.files import load
 from networks.airbench import WIDTHS, Airbench
 from networks.cifar_stems import TORCHVISION_NETWORKS, use_cifar_stem
 from networks.wide_resnet import WideResNet
+from networks.winograd import use_winograd
 
 STEMS = ("cifar", "imagenet")
 HEADS = ("fc.", "classifier.", "head.")  # the names of the last layers' weights start with these
@@ -37,8 +38,7 @@ def build_model(arch: str = "resnet18", stem: str = "cifar", num_classes: int = 
     """A randomly initialised network, one of ARCHITECTURES: (B, 3, H, W) -> (B, num_classes).
 
     The stem "imagenet" is torchvision's own for 224x224: a ResNet's blocks see 32x32 images at 8x8.
-    The stem "cifar" is for 32x32, see networks/cifar_stems.py. Errors: UserError for the ImageNet
-    stem of a network that has none.
+    The stem "cifar" is for 32x32. Errors: UserError for the ImageNet stem of a network without one.
     """
     if arch in FOR_32X32:
         if stem != "cifar":
@@ -49,7 +49,7 @@ def build_model(arch: str = "resnet18", stem: str = "cifar", num_classes: int = 
         if stem == "cifar":
             use_cifar_stem(model, arch)
     model.spec = {"arch": arch, "stem": stem, "num_classes": num_classes}
-    return model.to(memory_format=MEMORY_FORMAT)
+    return use_winograd(model).to(memory_format=MEMORY_FORMAT)
 
 
 FOR_32X32 = {

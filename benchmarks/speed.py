@@ -9,10 +9,11 @@
 of a DataLoader, float32, channels-first, eager, `.item()` in every step. "ours" is what the scripts
 do by default, through the very same functions. On a GPU there are also "ours, no graph" (every
 kernel launched from Python) and "ours, compiled" (networks through torch.compile, then the graph);
-on a CPU whose default is bfloat16 also "ours, float32". Networks, data, batch size, loss and
-optimizer are the same. Each way lives in a process of its own, and they take turns epoch by epoch,
-so that a machine that slows down slows all. Ratios are taken within a turn. An epoch is training
-and a test on a fifth as many images.
+on a CPU whose default is bfloat16 also "ours, float32"; on one that uses networks/winograd.py also
+"ours, direct", with PyTorch's own convolutions, as "plain" has them. Networks, data, batch size,
+loss and optimizer are the same. Each way lives in a process of its own, and they take turns epoch
+by epoch, so that a machine that slows down slows all. Ratios are taken within a turn. An epoch is
+training and a test on a fifth as many images.
 
 --cpu_recipe compares what a student costs on a CPU: by the published recipe in the plain way (a
 ResNet18 teacher of 15 epochs, its student of 50), and by that of scripts/cpu.sh (airbench94 with
@@ -57,6 +58,7 @@ from experiment.errors import one_line_errors
 from experiment.files import write_json
 from experiment.folder import provenance
 from models import STEMS, build_model, cast_weights_
+from networks import winograd
 from networks.airbench import Airbench
 from optimizers import build_optimizer, build_scheduler
 from synthetic_data.demo_images import draw
@@ -94,6 +96,7 @@ def plain(
     paths: list[Path], stem: str, device: torch.device, recipe: Namespace = STUDENT
 ) -> Callable[[], float]:
     """Returns what trains and tests for one epoch, and returns the mean training loss."""
+    winograd.FASTER = False
     as_tensor = [
         transforms.ToTensor(),
         transforms.Normalize(data.CIFAR10_MEAN, data.CIFAR10_STD),
@@ -153,8 +156,10 @@ def ours(
     graph: bool = True,
     compiled: bool = False,
     amp: str = "auto",
+    direct: bool = False,
 ) -> Callable[[], float]:
     """Returns what trains and tests for one epoch, as the scripts do it; see `plain`."""
+    winograd.FASTER = winograd.FASTER and not direct
     _, amp = pick_device(str(device), amp)
     images = torch.stack([data.load_image(path) for path in paths])
     image_set = ImageSet(images, torch.zeros(len(images), dtype=torch.int64), data.CLASSES)
@@ -203,6 +208,7 @@ WAYS = {
     "ours, no graph": functools.partial(ours, graph=False),
     "ours, compiled": functools.partial(ours, compiled=True),
     "ours, float32": functools.partial(ours, amp="off"),
+    "ours, direct": functools.partial(ours, direct=True),
 }
 # For --cpu_recipe: the recipe, its number of images, which are some batches, and the way.
 RECIPES = {
@@ -219,7 +225,8 @@ def ways(device: torch.device) -> list[str]:
     if device.type == "cuda":
         return ["plain", "ours", "ours, no graph", "ours, compiled"]
     default = pick_device(str(device), "auto")[1]
-    return ["plain", "ours"] + ["ours, float32"] * (default is not None)
+    others = ["ours, float32"] * (default is not None) + ["ours, direct"] * winograd.FASTER
+    return ["plain", "ours", *others]
 
 
 # ---------------------------------------------------------------------------------------- measuring
@@ -369,9 +376,9 @@ def matmul_peak(device: torch.device) -> float | None:
 
 def step_gflop(stem: str) -> float:
     """GFLOP an image of one KD step, counted: student forward and backward, teacher forward."""
-    student, teacher = build_model(stem=stem), build_model(stem=stem).eval()
-    images = torch.zeros(8, 3, 32, 32)
-    with FlopCounterMode(display=False) as counter:
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        student, teacher = build_model(stem=stem), build_model(stem=stem).eval()
+        images = torch.zeros(8, 3, 32, 32)
         with torch.no_grad():
             teacher_logits = teacher(images)
         kd_loss(student(images), teacher_logits, TEMPERATURE).backward()

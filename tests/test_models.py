@@ -16,6 +16,7 @@ from data import normalize
 from experiment.device import MEMORY_FORMAT
 from experiment.errors import UserError
 from models import Ensemble, build_model, cast_weights_, init_from, load_model, to_checkpoint
+from networks import winograd
 from networks.cifar_stems import TORCHVISION_NETWORKS
 
 CLASSES = tuple("abcdefghij")
@@ -166,6 +167,7 @@ def test_batch_norm_gets_the_layout_of_the_device(layout, arch, monkeypatch):
     """Contiguous tensors alone on a Mac, where it would train on wrong gradients."""
     for module in (models, data):
         monkeypatch.setattr(module, "MEMORY_FORMAT", layout)
+    monkeypatch.setattr(winograd, "FASTER", False)  # which always makes channels-last
     model, given = build_model(arch), []
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -1,0 +1,121 @@
+"""networks/winograd.py against PyTorch's own convolution, on every CPU."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import build_model
+from networks import winograd
+from networks.winograd import Winograd, WinogradConv2d, use_winograd
+
+
+@pytest.fixture(autouse=True)
+def faster(monkeypatch):
+    monkeypatch.setattr(winograd, "FASTER", True)
+
+
+def example(count, channels_in, channels, height, width):
+    x = torch.randn(count, channels_in, height, width, dtype=torch.float64, requires_grad=True)
+    filters = torch.randn(channels, channels_in, 3, 3, dtype=torch.float64, requires_grad=True)
+    return x, filters
+
+
+@pytest.mark.parametrize("height", range(1, 10))
+@pytest.mark.parametrize("width", [1, 4, 7])
+@pytest.mark.parametrize("cache", [1, 1_000, winograd.CACHE])  # images in parts, or all at once
+def test_the_outputs_are_those_of_a_convolution(monkeypatch, height, width, cache):
+    monkeypatch.setattr(winograd, "CACHE", cache)
+    x, filters = example(5, 2, 3, height, width)
+    torch.testing.assert_close(Winograd.apply(x, filters), F.conv2d(x, filters, padding=1))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 8), (7, 5)])
+def test_the_gradients_are_those_of_a_convolution(monkeypatch, size):
+    monkeypatch.setattr(winograd, "CACHE", 1_000)
+    x, filters = example(5, 3, 2, *size)
+    upstream = torch.randn(5, 2, *size, dtype=torch.float64)
+    gradients = torch.autograd.grad(Winograd.apply(x, filters), (x, filters), upstream)
+    expected = torch.autograd.grad(F.conv2d(x, filters, padding=1), (x, filters), upstream)
+    torch.testing.assert_close(gradients, expected)
+
+
+@pytest.mark.parametrize("frozen", ["images", "filters"])
+def test_no_gradient_is_computed_that_nobody_needs(frozen):
+    x, filters = example(2, 2, 2, 6, 6)
+    (x if frozen == "images" else filters).requires_grad_(False)
+    Winograd.apply(x, filters).sum().backward()
+    assert (x.grad is None) == (frozen == "images")
+    assert (filters.grad is None) == (frozen == "filters")
+
+
+@pytest.mark.parametrize("channels", [64, 256])
+def test_it_is_as_exact_as_float32_allows(channels):
+    x, filters = torch.randn(4, channels, 15, 15), torch.randn(channels, channels, 3, 3)
+    exact = F.conv2d(x.double(), filters.double(), padding=1)
+    error = (Winograd.apply(x, filters) - exact).abs().max() / exact.abs().max()
+    assert error < 3e-5
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_outputs_are_channels_last(layout):
+    x = torch.randn(2, 8, 7, 7).to(memory_format=layout)
+    y = Winograd.apply(x, torch.randn(8, 8, 3, 3))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def of_class(model, kind):
+    return [name for name, module in model.named_modules() if type(module) is kind]
+
+
+def test_only_the_convolutions_that_gain_are_replaced():
+    resnet = of_class(build_model("resnet18"), WinogradConv2d)
+    assert len(resnet) == 13  # 16 of the blocks, less the three that halve the size
+    assert "conv1" not in resnet  # three channels
+    assert "layer2.0.conv1" not in resnet
+    assert len(of_class(build_model("airbench94"), WinogradConv2d)) == 5  # not 24 channels to 64
+    assert of_class(build_model("mobilenet_v2"), WinogradConv2d) == []  # depthwise, and 1x1
+
+
+@pytest.mark.parametrize(
+    "other", [dict(stride=2), dict(dilation=2), dict(groups=2), dict(padding_mode="reflect")]
+)
+def test_other_convolutions_stay(other):
+    model = nn.Sequential(nn.Conv2d(128, 128, 3, **{"padding": 1} | other))
+    assert of_class(use_winograd(model), WinogradConv2d) == []
+
+
+def test_a_cpu_on_which_it_was_not_measured_keeps_its_own(monkeypatch):
+    monkeypatch.setattr(winograd, "FASTER", False)
+    assert of_class(build_model("resnet18"), WinogradConv2d) == []
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "airbench94", "vgg11_bn"])
+def test_a_network_computes_the_same(monkeypatch, arch):
+    model = build_model(arch).eval()
+    monkeypatch.setattr(winograd, "FASTER", False)
+    direct = build_model(arch).eval()
+    direct.load_state_dict(model.state_dict())
+    assert [*direct.state_dict()] == [*model.state_dict()]
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(model(images), direct(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(copy.deepcopy(model)(images), model(images), rtol=0, atol=0)
+
+
+def test_in_lower_precision_and_on_other_devices_it_steps_aside(monkeypatch):
+    layer = WinogradConv2d(64, 64, 3, padding=1)
+    monkeypatch.setattr(Winograd, "apply", None)  # calling it fails
+    images = torch.randn(1, 64, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(images).dtype == torch.bfloat16
+    assert layer.double()(images.double()).dtype == torch.float64
+    assert layer.to("meta")(images.double().to("meta")).is_meta
+
+
+def test_a_bias_is_added():
+    layer = WinogradConv2d(64, 64, 3, padding=1)
+    images = torch.randn(2, 64, 5, 5)
+    plain = F.conv2d(images, layer.weight, layer.bias, padding=1)
+    torch.testing.assert_close(layer(images), plain, rtol=1e-4, atol=1e-5)
