@@ -9,8 +9,8 @@
 of a DataLoader, float32, channels-first, eager, `.item()` in every step. "ours" is what the scripts
 do by default, through the very same functions. On a GPU there are also "ours, no graph" (every
 kernel launched from Python) and "ours, compiled" (networks through torch.compile, then the graph);
-on a CPU whose default is bfloat16 also "ours, float32"; on one that uses networks/winograd.py also
-"ours, direct", with PyTorch's own convolutions, as "plain" has them. Networks, data, batch size,
+on a CPU, whichever it does not do by default of "ours, direct" (float32, PyTorch's convolutions, as
+"plain" has them) and "ours, Winograd" (float32, networks/winograd.py). Networks, data, batch size,
 loss and optimizer are the same. Each way lives in a process of its own, and they take turns epoch
 by epoch, so that a machine that slows down slows all. Ratios are taken within a turn. An epoch is
 training and a test on a fifth as many images.
@@ -156,10 +156,10 @@ def ours(
     graph: bool = True,
     compiled: bool = False,
     amp: str = "auto",
-    direct: bool = False,
+    faster: bool = winograd.FASTER,
 ) -> Callable[[], float]:
     """Returns what trains and tests for one epoch, as the scripts do it; see `plain`."""
-    winograd.FASTER = winograd.FASTER and not direct
+    winograd.FASTER = faster
     _, amp = pick_device(str(device), amp)
     images = torch.stack([data.load_image(path) for path in paths])
     image_set = ImageSet(images, torch.zeros(len(images), dtype=torch.int64), data.CLASSES)
@@ -207,8 +207,8 @@ WAYS = {
     "ours": ours,
     "ours, no graph": functools.partial(ours, graph=False),
     "ours, compiled": functools.partial(ours, compiled=True),
-    "ours, float32": functools.partial(ours, amp="off"),
-    "ours, direct": functools.partial(ours, direct=True),
+    "ours, direct": functools.partial(ours, amp="off", faster=False),
+    "ours, Winograd": functools.partial(ours, amp="off", faster=True),
 }
 # For --cpu_recipe: the recipe, its number of images, which are some batches, and the way.
 RECIPES = {
@@ -224,9 +224,10 @@ def ways(device: torch.device) -> list[str]:
     """Those that differ on `device`."""
     if device.type == "cuda":
         return ["plain", "ours", "ours, no graph", "ours, compiled"]
-    default = pick_device(str(device), "auto")[1]
-    others = ["ours, float32"] * (default is not None) + ["ours, direct"] * winograd.FASTER
-    return ["plain", "ours", *others]
+    float32 = ["ours, direct", "ours, Winograd"]
+    if pick_device(str(device), "auto")[1] is None:
+        del float32[winograd.FASTER]  # it is what "ours" does
+    return ["plain", "ours", *float32]
 
 
 # ---------------------------------------------------------------------------------------- measuring
