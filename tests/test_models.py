@@ -167,7 +167,7 @@ def test_batch_norm_gets_the_layout_of_the_device(layout, arch, monkeypatch):
     """Contiguous tensors alone on a Mac, where it would train on wrong gradients."""
     for module in (models, data):
         monkeypatch.setattr(module, "MEMORY_FORMAT", layout)
-    monkeypatch.setattr(winograd, "FASTER", False)  # which always makes channels-last
+    monkeypatch.setattr(winograd, "ENABLED", False)  # its outputs are always channels-last
     model, given = build_model(arch), []
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -66,7 +66,7 @@ def test_bfloat16_changes_a_gradient_by_its_rounding():
 @pytest.fixture
 def losses(cifake, monkeypatch):
     """The losses of three epochs of a way, without augmentation, the images in a single batch."""
-    monkeypatch.setattr(winograd, "FASTER", winograd.FASTER)  # restored after a way has changed it
+    monkeypatch.setattr(winograd, "ENABLED", winograd.ENABLED)  # a way changes it
     for name in ("RandomCrop", "RandomHorizontalFlip"):
         monkeypatch.setattr(speed.transforms, name, lambda *_, **__: nn.Identity())
     monkeypatch.setattr(  # processes for forty images, two in every epoch and every test
