@@ -1,6 +1,6 @@
 """How fast a KD epoch is, beside the ordinary way to write one, measured in turn in the same run.
 
-    python benchmarks/speed.py --quick        # two or three minutes on two CPU cores
+    python benchmarks/speed.py --quick        # minutes on two CPU cores
     python benchmarks/speed.py                # the full sizes: for a GPU
     python benchmarks/speed.py --whole        # the published experiment: both scripts, whole
     python benchmarks/speed.py --cpu_recipe   # hours of two whole recipes on a CPU, extrapolated
