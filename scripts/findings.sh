@@ -50,9 +50,11 @@ done
 for seed in ${*:-0 1 2}; do
     # the student to compare with: the first one of controls.sh
     runs=runs/controls${TAG:-} student cifake --teacher_weights "$teacher"
-    # fidelity: images that the teacher disputes, those it does not, and both; degraded images
+    # fidelity: images that the teacher disputes, those it does not (with the same intended classes;
+    # with the same classes by the teacher), and both; degraded images
     on_variant disputed disputed --teacher_weights "$teacher"
     on_variant agreed agreed --teacher_weights "$teacher"
+    on_variant matched matched --teacher_weights "$teacher"
     on_variant undivided undivided --teacher_weights "$teacher"
     on_variant blur blur --radius 1
     on_variant jpeg jpeg --quality 5

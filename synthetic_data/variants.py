@@ -12,13 +12,15 @@ afterwards.
     subset     --count images
     disputed   all images for which the teacher predicts another class than the intended one
     agreed     of the other images, as many of each class as are disputed
+    matched    of the other images, as many of each class as the teacher predicts for disputed ones
     undivided  of all images, as many of each class as are disputed
     renamed    all images, each with a name of the class that the teacher predicts
     blur       all images, after a Gaussian blur of --radius pixels
     jpeg       all images, as JPEGs of --quality
 
 Disputed, agreed and undivided sets have the same intended classes, but other classes by the
-teacher, and those are what its student learns. The teacher is also less sure of disputed images.
+teacher, and those are what its student learns: disputed and matched sets have the same of them. The
+teacher is also less sure of disputed images.
 """
 
 import os
@@ -42,7 +44,7 @@ from experiment.device import pick_device
 from experiment.errors import UserError, one_line_errors
 from models import load_model
 
-JUDGED = ("disputed", "agreed", "undivided", "renamed")
+JUDGED = ("disputed", "agreed", "matched", "undivided", "renamed")
 SPOILT = ("blur", "jpeg")
 KINDS = ("subset", *JUDGED, *SPOILT)
 
@@ -136,9 +138,10 @@ def choose(images: ImageSet, predicted: Tensor, args: Namespace) -> Tensor:
     disputed = predicted != images.labels
     if args.kind == "disputed":
         return disputed.nonzero()[:, 0]
-    if args.kind == "agreed":
+    if args.kind in ("agreed", "matched"):
         order = order[~disputed[order]]
-    counts = torch.bincount(images.labels[disputed], minlength=len(images.classes))
+    classes = predicted if args.kind == "matched" else images.labels
+    counts = torch.bincount(classes[disputed], minlength=len(images.classes))
     of_classes = [order[images.labels[order] == label] for label in range(len(counts))]
     if any(len(own) < n for own, n in zip(of_classes, counts, strict=True)):
         raise UserError("of some class, more images are disputed than agreed with")

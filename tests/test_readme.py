@@ -185,7 +185,7 @@ def test_students_of_small_sets_see_as_many_views(workdir, monkeypatch):
     started = started_by(workdir, "findings.sh", "teacher.pth", "0")
     students = [shlex.split(line)[1:] for line in started if line.startswith("main_train")]
     given = {args.run_dir.name: args.epochs for args in map(student_script.parse_args, students)}
-    variants = ("disputed", "agreed", "undivided", "blur", "jpeg", "images_5000", "images_25000")
+    variants = ("disputed", "agreed", "matched", "undivided", "blur", "jpeg", "images_25000")
     assert [given[f"{name}-0"] for name in variants] == [3000] * len(variants)
     others = ("cifake", "temperature_4", "of_teacher_2", "epochs_16")
     assert [given[f"{name}-0"] for name in others] == [3, 3, 3, 16]

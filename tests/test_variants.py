@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from conftest import fails, snapshot
 from PIL import Image
 
-from data import CLASSES, DeviceLoader, load_cifake
+from data import CLASSES, DeviceLoader, ImageSet, load_cifake
 from engine import predict
 from experiment.files import save
 from models import build_model, load_model, to_checkpoint
@@ -51,6 +52,21 @@ def test_disputed_images_and_as_many_of_each_class_of_all(source):
     assert (disputed.labels >= 2).sum() == 32  # no image of another class is agreed on
     counts = [torch.bincount(part.labels, minlength=10) for part in (disputed, undivided)]
     assert torch.equal(*counts)
+
+
+def test_what_agreed_and_matched_images_have_in_common_with_disputed_ones():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(10, (2000,), generator=generator)
+    noise = torch.randint(10, (2000,), generator=generator)
+    predicted = torch.where(torch.rand(2000, generator=generator) < 0.3, noise // 2, labels)
+    disputed = predicted != labels
+    images = ImageSet(torch.zeros(2000, 3, 32, 32, dtype=torch.uint8), labels, CLASSES)
+    for kind, classes in (("agreed", labels), ("matched", predicted)):
+        chosen = variants.choose(images, predicted, Namespace(kind=kind))
+        assert len(chosen.unique()) == len(chosen) == disputed.sum()
+        assert not disputed[chosen].any()
+        counts = [torch.bincount(classes[part], minlength=10) for part in (chosen, disputed)]
+        assert torch.equal(*counts)
 
 
 def test_renamed_images_have_the_classes_of_the_teacher(source):
