@@ -9,7 +9,7 @@
 # the default recipe. WEAK lists the epochs of the weaker teachers, LARGER the networks of larger ones,
 # LENGTHS the epochs of students that train longer or shorter; "" leaves them out. SETTINGS (names from
 # below) leaves all other students out. ENSEMBLE lists the weight files of an ensemble. DMKD_DATA is the
-# folder of both data sets. Runs, table and what measure.py says of the teachers go to
+# folder of both data sets. Runs, table and what measure.py says of teachers and images go to
 # runs/findings$TAG/, the student to compare with goes to runs/controls$TAG/. Give every other recipe
 # or teacher a TAG, such as _gpu. Finished runs are skipped, stopped ones are resumed.
 set -euo pipefail
@@ -26,6 +26,7 @@ on_variant() { # on_variant NAME FLAGS...: on a folder that variants.py made
     local name=$1 folder=$runs/images/$1
     shift
     [ -d "$folder" ] || python synthetic_data/variants.py "$@" --synthetic_data_dir "$cifake" "$folder"
+    measured "$runs/measures/$name" "$folder" "$teacher"
     student "$name" --teacher_weights "$teacher" --synthetic_data_dir "$folder" \
         --epochs $((epochs * 50000 / $(find "$folder" -type f | wc -l)))
 }

@@ -8,6 +8,7 @@ The first folder holds the images. The folder --output gets two files, which mus
     measures.json    teacher_accuracy: percent of the images for which the teacher predicts the
                      intended class; confidence: mean of its highest probability, in percent;
                      entropy: that of its outputs at T = 10, in nats (2.303 if all ten are equal);
+                     labels and predictions: images of each class, as intended and by the teacher;
                      mean and std of red, green and blue, of 255; pixels, features, fid: see below
     nearest.png      24 images, each followed by the training image that is nearest to it in pixels,
                      and by the one that is nearest in the teacher's features
@@ -86,13 +87,16 @@ def main(args: Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
 
     logits = predict(teacher, DeviceLoader(generated, TEST_BATCH_SIZE, device, train=False))
+    predictions = logits.argmax(1)
     measures = {
         "images": str(args.images),
         "count": len(generated),
         "teacher": str(args.teacher_weights),
-        "teacher_accuracy": 100 * (logits.argmax(1) == generated.labels).float().mean().item(),
+        "teacher_accuracy": 100 * (predictions == generated.labels).float().mean().item(),
         "confidence": 100 * logits.softmax(1).amax(1).mean().item(),
         "entropy": torch.special.entr((logits / 10).softmax(1)).sum(1).mean().item(),
+        "labels": by_class(generated.labels),
+        "predictions": by_class(predictions),
         **colours(generated),
         **{f"{key}_of_cifar10": value for key, value in colours(train_set).items()},
     }
@@ -120,6 +124,12 @@ def main(args: Namespace) -> None:
     with atomic_write(args.output / "nearest.png") as file:
         save_image(rows.flatten(0, 1) / 255, file, nrow=12, format="png")
     print(json.dumps(measures, indent=2))
+
+
+def by_class(classes: Tensor) -> dict[str, int]:
+    """How many of `classes`, int64 (N,), are of each of CIFAR-10's."""
+    counts = classes.bincount(minlength=len(CLASSES)).tolist()
+    return dict(zip(CLASSES, counts, strict=True))
 
 
 def colours(data: ImageSet) -> dict[str, list[float]]:

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,9 @@ def test_what_is_measured(argv, monkeypatch, capsys):
     with torch.no_grad():
         logits = teacher(normalize(made.images))
     probabilities, soft = logits.softmax(1), (logits.double() / 10).softmax(1)
+    predictions = Counter(CLASSES[i] for i in probabilities.argmax(1))
+    assert measures["predictions"] == {name: predictions[name] for name in CLASSES}
+    assert measures["labels"] == dict.fromkeys(CLASSES, 4)
     right = (probabilities.argmax(1) == made.labels).sum().item()
     assert measures["teacher_accuracy"] == pytest.approx(100 * right / 40)
     confidence = 100 * probabilities.amax(1).mean().item()
