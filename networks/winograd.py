@@ -9,6 +9,7 @@ Enabled on processors with AVX2 and without AVX-512: only there, and at 32x32, w
 measured (docs/speed.md).
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 ENABLED = torch.backends.cpu.get_cpu_capability() == "AVX2"
-MIN_CHANNELS = 64  # with fewer, the transforms cost more than they save
+MIN_CHANNELS = MIN_TILES = 64  # with fewer, the transforms cost more than they save
 CACHE = 2**20  # numbers to work on at a time: 4 MB
 
 # The paper's matrices: for the 6x6 pixels under a tile, for a filter, and back to a tile. They are
@@ -44,11 +45,13 @@ A_T = torch.tensor(
 
 
 class WinogradConv2d(nn.Conv2d):
-    """A 3x3 convolution, stride 1 and padding 1, by `Winograd` in float32 on a CPU."""
+    """A 3x3 convolution, stride 1 and padding 1; in float32 on a CPU, by `Winograd` if that gains.
+
+    It does not for a few images at a time, nor where they fill less than half of their tiles.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        in_float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if torch.compiler.is_compiling() or not (x.is_cpu and in_float32):
+        if torch.compiler.is_compiling() or not _gains_on(x):
             return super().forward(x)  # a compiler would unroll the loop over the images
         y = Winograd.apply(x, self.weight)
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
@@ -73,6 +76,13 @@ def _gains(conv: nn.Conv2d) -> bool:
         and conv.padding_mode == "zeros"
         and min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
     )
+
+
+def _gains_on(x: Tensor) -> bool:
+    if not x.is_cpu or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    tiles = _tiles(x)
+    return len(x) * tiles >= MIN_TILES and x.shape[2] * x.shape[3] >= 8 * tiles
 
 
 class Winograd(torch.autograd.Function):
@@ -127,11 +137,16 @@ def _filter_gradient(x: Tensor, grad: Tensor) -> Tensor:
 
 def _in_parts(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Both, a few images at a time: as many as the cache holds, or outweigh the filters."""
-    _, channels, height, width = x.shape
-    tiles = -(-height // 4) * -(-width // 4)
-    per_image, in_filters = 36 * tiles * (channels + y.shape[1]), 36 * channels * y.shape[1]
+    channels = x.shape[1], y.shape[1]
+    per_image, in_filters = 36 * _tiles(x) * sum(channels), 36 * math.prod(channels)
     count = max(1, max(CACHE, in_filters) // per_image)
     return zip(x.split(count), y.split(count), strict=True)
+
+
+def _tiles(x: Tensor) -> int:
+    """How many tiles of 4x4 cover an image of `x`, (N, C, H, W)."""
+    height, width = x.shape[2:]
+    return -(-height // 4) * -(-width // 4)
 
 
 def _cut(x: Tensor, matrix: Tensor) -> Tensor:

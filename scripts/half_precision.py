@@ -35,7 +35,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 def main(args: Namespace) -> None:
     if args.half.exists():
         raise UserError(f"{args.half} is there already")
-    checkpoint = to_checkpoint(load_model(args.file, classes=list(CLASSES)), CLASSES)
+    model = load_model(args.file, num_classes=10, classes=list(CLASSES))
+    checkpoint = to_checkpoint(model, CLASSES)
     for key, value in checkpoint["model"].items():
         if value.is_floating_point():
             checkpoint["model"][key] = value.half()

@@ -53,6 +53,9 @@ def main(args: Namespace) -> None:
         run = runs.setdefault(folder.name, dict(folder=folder, config=config, metrics=metrics))
         if run["config"] != config:  # if it is the same, one is a copy of the other: it counts once
             raise UserError(f"{folder}: another run has this name, too")
+        copy = args.output / folder.name
+        if (copy / "last.pt").exists() and read_config(copy) != config:
+            raise UserError(f"{copy} is another run than {folder}: name another OUTPUT")
     if not runs:
         return
     settings: dict[str, list[dict]] = {}

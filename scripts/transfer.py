@@ -58,7 +58,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 def main(args: Namespace) -> None:
     device, _ = pick_device("auto", "off")
-    pair = [load_model(x, classes=list(CLASSES)).to(device) for x in (args.teacher, args.student)]
+    pair = [
+        load_model(path, num_classes=10, classes=list(CLASSES)).to(device)
+        for path in (args.teacher, args.student)
+    ]
     sets = {
         "real test": load_cifar10(args.data_dir, train=False).first(args.limit),
         "real training": load_cifar10(args.data_dir, train=True).first(args.limit),

@@ -121,7 +121,8 @@ def cifake_name(number: int, label: int) -> str:
 def predict_classes(images: ImageSet, args: Namespace) -> Tensor:
     """The classes that the teacher sees, int64 (N,). Errors: UserError."""
     device, amp = pick_device("auto", "off")
-    teacher = load_model(args.teacher_weights, classes=list(images.classes)).to(device)
+    teacher = load_model(args.teacher_weights, num_classes=10, classes=list(images.classes))
+    teacher = teacher.to(device)
     loader = DeviceLoader(images, TEST_BATCH_SIZE, device, train=False)
     return predict(teacher, loader, amp).argmax(1)
 

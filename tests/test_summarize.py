@@ -72,6 +72,17 @@ def test_two_runs_of_one_name_are_refused(workdir):
     assert not Path("results").exists()  # all are read before one is copied
 
 
+def test_a_run_in_the_output_is_not_overwritten(workdir):
+    made_run("one/kd-0", 70)
+    made_run("two/kd-0", 60, seconds=30)
+    Path("two/kd-0/last.pt").touch()
+    with pytest.raises(UserError, match="two/kd-0 is another run than one/kd-0"):
+        summary("two", "one/kd-0")
+    assert summary("two", "two/kd-0")[0]["last"] == "60.00"
+    Path("two/kd-0/last.pt").unlink()  # a copy, as a summary makes them
+    assert summary("two", "one/kd-0")[0]["last"] == "70.00"
+
+
 def test_what_is_no_run_is_named(workdir):
     Path("runs/kd-0").mkdir(parents=True)
     with pytest.raises(OSError, match=r"runs/kd-0/config\.json"):

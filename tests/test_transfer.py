@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import fails
 
 from data import CLASSES, DeviceLoader, load_cifake
 from engine import predict
@@ -38,6 +39,13 @@ def test_a_network_agrees_with_itself_on_every_set(workdir, cifake, cifar10_bina
         "CIFAKE",
         "real training",
     ]
+
+
+def test_a_plain_state_dict_of_other_classes_is_refused(workdir, cifake, cifar10_binary, capsys):
+    save(Path("net.pth"), build_model("wrn_16_1", num_classes=100).state_dict())
+    places = ["--data_dir", cifar10_binary, "--synthetic_data_dir", cifake]
+    code, text = fails(transfer, ["net.pth", "net.pth", *places, "--output", "tables"], capsys)
+    assert (code, "100" in text, Path("tables").exists()) == (1, True, False), text
 
 
 def test_agreement_is_counted_where_the_teacher_is_as_sure():

@@ -115,6 +115,14 @@ def test_bad_input(kind, flags, code, message, source, workdir, capsys):
     assert snapshot(workdir) == before
 
 
+@pytest.mark.parametrize("kind", ["disputed", "renamed"])
+def test_a_plain_state_dict_of_other_classes_is_refused(kind, source, capsys):
+    save(Path("hundred.pth"), build_model("wrn_16_1", num_classes=100).state_dict())
+    argv = [kind, "new", "--synthetic_data_dir", source, "--teacher_weights", "hundred.pth"]
+    code, text = fails(variants, argv, capsys)
+    assert (code, "100" in text, Path("new").exists()) == (1, True, False), text
+
+
 def test_what_is_there_is_not_touched(source, workdir, capsys):
     """Nor is what looks like a folder of our own, or the images to choose from."""
     Path("folder").mkdir()

@@ -126,6 +126,7 @@ def test_a_cpu_on_which_it_was_not_measured_keeps_its_own(monkeypatch):
 
 @pytest.mark.parametrize("arch", ["resnet18", "airbench94", "vgg11_bn"])
 def test_a_network_computes_the_same(monkeypatch, arch):
+    monkeypatch.setattr(winograd, "MIN_TILES", 1)
     model = build_model(arch).eval()
     monkeypatch.setattr(winograd, "ENABLED", False)
     direct = build_model(arch).eval()
@@ -139,11 +140,34 @@ def test_a_network_computes_the_same(monkeypatch, arch):
 def test_elsewhere_it_steps_aside(monkeypatch):
     layer = WinogradConv2d(64, 64, 3, padding=1)
     monkeypatch.setattr(Winograd, "apply", None)  # calling it fails
-    images = torch.randn(1, 64, 4, 4)
+    images = torch.randn(64, 64, 4, 4)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(images).dtype == torch.bfloat16
     assert layer.double()(images.double()).dtype == torch.float64
     assert layer.float().to("meta")(images.to("meta")).is_meta
+
+
+# a batch of 64 tiles, and one of 63; images that fill half of their tiles, and less
+@pytest.mark.parametrize(
+    ("shape", "gains"),
+    [
+        *(((64, 4, 4), True), ((63, 4, 4), False), ((1, 32, 32), True), ((0, 4, 4), False)),
+        *(((99, 3, 3), True), ((99, 2, 4), True), ((999, 2, 2), False), ((99, 1, 8), False)),
+        *(((99, 7, 7), True), ((99, 5, 5), False)),
+    ],
+)
+def test_small_images_and_batches_keep_the_direct_way(monkeypatch, shape, gains):
+    count, *size = shape
+    layer, images = WinogradConv2d(64, 64, 3, padding=1), torch.randn(count, 64, *size)
+    calls = []
+
+    def apply(x, filters):
+        calls.append(x)
+        return F.conv2d(x, filters, padding=1)
+
+    monkeypatch.setattr(Winograd, "apply", apply)
+    layer(images)
+    assert bool(calls) == gains
 
 
 def test_a_compiler_sees_one_convolution():
@@ -155,13 +179,13 @@ def test_a_compiler_sees_one_convolution():
 
     layer = WinogradConv2d(64, 64, 3, padding=1)
     compiled = torch.compile(layer, backend=backend, fullgraph=True)
-    images = torch.randn(3, 64, 4, 4)
-    torch.testing.assert_close(compiled(images), layer(images), rtol=1e-4, atol=1e-5)
+    images = torch.randn(64, 64, 4, 4)
+    torch.testing.assert_close(compiled(images), layer(images), rtol=1e-4, atol=1e-4)
     assert graphs[0].count("call_function") == 1
 
 
 def test_a_bias_is_added():
     layer = WinogradConv2d(64, 64, 3, padding=1)
-    images = torch.randn(2, 64, 5, 5)
+    images = torch.randn(64, 64, 4, 4)
     plain = F.conv2d(images, layer.weight, layer.bias, padding=1)
-    torch.testing.assert_close(layer(images), plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer(images), plain, rtol=1e-4, atol=1e-4)
