@@ -132,7 +132,7 @@ def _load_python(dataset: type[CIFAR10], data_dir: str | Path, train: bool, lack
             Path(data_dir).rmdir()  # torchvision made it
         raise UserError(
             f"{lack} in {python}, and downloading it failed: {error}; "
-            "the README says where to get it, and --demo needs no data"
+            "the README says where to get it; `bash scripts/demo.sh` needs none"
         ) from error
     images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2)  # (N, 32, 32, 3) -> (N, 3, 32, 32)
     return ImageSet(images.contiguous(), torch.tensor(cifar.targets), tuple(cifar.classes))
@@ -186,8 +186,8 @@ def load_cifake(folder: str | Path, limit: int | None = None) -> ImageSet:
     if not names:
         lack = "are no synthetic images in" if os.path.isdir(folder) else "is no folder"
         raise UserError(
-            f"there {lack} {folder}: {BY_HAND} {folder}; or `pip install "
-            "kagglehub` and add --download_synthetic; --demo needs no data"
+            f"there {lack} {folder}: {BY_HAND} {folder}; or `pip install kagglehub` and "
+            "main_train_cifar10.py --download_synthetic; `bash scripts/demo.sh` needs no data"
         )
     if "manifest.csv" in names:
         raise UserError(f"{folder} is a set of generate.py: its images are in {folder}/images")

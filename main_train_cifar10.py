@@ -40,7 +40,8 @@ from synthetic_data.shifts import with_shifted_copies
 # The published recipe, and what --demo changes.
 RECIPE = dict(epochs=50, batch_size=128, optimizer="sgd", lr=0.05, momentum=0.9, weight_decay=5e-4)
 RECIPE |= dict(scheduler="multistep", milestones=[0.5, 0.8], gamma=0.1)
-DEMO = dict(epochs=8, stem="imagenet", teacher_weights=["runs/demo/teacher_cifar10_finetuned.pth"])
+TEACHER = "teacher_cifar10_finetuned.pth"
+DEMO = dict(epochs=8, stem="imagenet", teacher_weights=[f"runs/demo/{TEACHER}"])
 DEMO |= dict(output=Path("runs/demo/student_cifar10_kd.pth"))
 
 
@@ -60,11 +61,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     flags.add_optimisation_flags(parser, RECIPE)
     flags.add_augmentation_flags(parser, AUGMENTATIONS)
     add = parser.add_argument_group("distillation").add_argument
-    add("--teacher_weights", "--teacher_weights_path", nargs="+", metavar="FILE",
-        default=["teacher_cifar10_finetuned.pth"],
+    add("--teacher_weights", "--teacher_weights_path", nargs="+", metavar="FILE", default=[TEACHER],
         help="the teacher's file or URL (URL#sha256=HEX is checked); several form an ensemble: "
-        "the student matches the mean of their logits; random is an untrained network, a control "
-        "[teacher_cifar10_finetuned.pth]")
+        "the student matches the mean of their logits; random is an untrained network with --arch "
+        f"and --stem, a control [{TEACHER}]")
     add("--temperature", "--kd_temp", type=flags.float_in(0.01, 1000), default=10.0, metavar="T",
         help="softens the outputs of teacher and student [%(default)s]")
     add = parser.add_argument_group("controls").add_argument
@@ -184,6 +184,7 @@ def load_teacher(args: Namespace, classes: tuple[str, ...]) -> tuple[nn.Module, 
         if not (path := local_file(source)).is_file():
             command = "python fine_tune_teacher_cifar10.py" + " --demo" * args.demo
             command += " --dataset cifar100" * (args.dataset == "cifar100")
+            command += f" --output {source}" * (not args.demo and source != TEACHER)
             raise UserError(f"no teacher at {source}: make one with `{command}`")
         member = models.load_model(path, num_classes=len(classes), classes=list(classes))
         print(f"teacher: {member.spec['arch']} with the {member.spec['stem']} stem, {source}")

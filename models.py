@@ -184,9 +184,9 @@ def _load_weights(
 def init_from(model: nn.Module, source: str | Path) -> str:
     """Start `model` from "random", "imagenet" (IMAGENET1K_V1) or the path of a weight file.
 
-    All layers but the head are loaded, and the head if it has as many classes. A 3x3 stem gets the
-    centre of the kernels of a 7x7 stem. Returns a line that says what was loaded and what stays
-    random. Errors: UserError.
+    All layers but the head (a VGG's last three) are loaded, and the head if it has as many classes.
+    A 3x3 stem gets the centre of the kernels of a 7x7 stem. Returns a line that says what was
+    loaded and what stays random. Errors: UserError.
     """
     if source == "random":
         return "random weights"

@@ -143,7 +143,7 @@ def lr_factor(
     if name == "none":
         return 1.0
     if name == "multistep":
-        # round: 0.8 * 19500 is 15600.000000000002; max: the first batch always has the full rate
+        # round: 0.55 * 100 is 55.00000000000001; max: the first batch always has the full rate
         drops = [max(1, math.ceil(round(fraction * total_steps, 6))) for fraction in milestones]
         return gamma ** sum(step >= drop for drop in drops)
     if name == "linear":

@@ -61,6 +61,7 @@ from models import STEMS, build_model, cast_weights_
 from networks import winograd
 from networks.airbench import Airbench
 from optimizers import build_optimizer, build_scheduler
+from plots import Figure
 from synthetic_data.demo_images import draw
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -461,8 +462,6 @@ def print_table(rows: list[list[str]]) -> None:
 
 
 def draw_chart(results: dict, path: Path) -> None:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(4 * len(results["stems"]), 3.5), layout="constrained")
     panels = figure.subplots(1, len(results["stems"]), squeeze=False)[0]
     for axes, (stem, result) in zip(panels, results["stems"].items(), strict=True):

@@ -49,7 +49,7 @@ def one_line_errors() -> Iterator[None]:
             sys.exit(128 + stop.number)
         except (MemoryError, RuntimeError) as error:  # CUDA's lack of memory is a RuntimeError, too
             for cause in (error, error.__context__):  # the end of a graph's capture hides the first
-                if _is_lack_of_memory(cause):
+                if is_lack_of_memory(cause):
                     first = [*str(cause).splitlines(), "out of memory."][0]
                     _exit(f"{first.rstrip('.')}. Smaller batches or fewer images need less.")
             if not parallel.is_lost_rank(error):
@@ -60,7 +60,8 @@ def one_line_errors() -> Iterator[None]:
             sys.exit(130)
 
 
-def _is_lack_of_memory(error: BaseException | None) -> bool:
+def is_lack_of_memory(error: BaseException | None) -> bool:
+    """Whether the CPU or the device had too little memory, whatever the error's type."""
     kinds = (MemoryError, torch.OutOfMemoryError)
     return isinstance(error, kinds) or bool(re.search(NO_MEMORY, str(error)))
 

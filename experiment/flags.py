@@ -142,7 +142,7 @@ def add_model_flags(
     names = ", ".join(architectures)
     # fmt: off
     group.add_argument("--arch", choices=architectures, default=architectures[0], metavar="NAME",
-        help=f"the network to train: {names}; a teacher's is read from its file [%(default)s]")
+        help=f"the network to train: {names} [%(default)s]")
     group.add_argument("--stem", choices=stems, default=stems[0],
         help="made for 32x32 images, or torchvision's own for 224x224 [%(default)s]")
     # fmt: on

@@ -32,10 +32,10 @@ LOCK = ".lock"
 # Names of files that a run writes into its folder, which --output may not take.
 CHECKPOINTS = ("last.pt", "best.pt", LOCK)
 OTHER_SUFFIXES = (".json", ".csv", ".png", ".npz", ".tmp")
-# Where files are and what computes: only these flags may change when a run is resumed.
+# Where files are, what computes and how: only these flags may change when a run is resumed.
 MAY_CHANGE_ON_RESUME = (
     "resume output data_dir synthetic_data_dir download_synthetic val_dir teacher_weights "
-    "label_file device no_cuda_graph workers"
+    "label_file device amp no_cuda_graph workers"
 ).split()
 
 
@@ -159,7 +159,8 @@ def refuse_if_used(folder: Path) -> None:
 def check_output(path: Path, folder: Path) -> None:
     """Errors: UserError if the run in `folder` cannot write its network to --output `path`."""
     real, run = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    parent = next((above for above in real.parents if above.exists()), real)
+    own = Path(os.path.realpath(path.parent))  # a symbolic link is replaced, in its own folder
+    parent = next((above for above in (own, *own.parents) if above.exists()), own)
     name = path.name.casefold()  # some file systems do not tell LAST.PT from last.pt
     in_a_run = real.parent == run or (real.parent / "config.json").exists()
     if (path.exists() and not path.is_file()) or real in (run, *run.parents):

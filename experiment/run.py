@@ -28,7 +28,7 @@ import torch
 
 from experiment import folder, parallel
 from experiment.device import seed_everything
-from experiment.errors import Stopped, UserError
+from experiment.errors import Stopped, UserError, is_lack_of_memory
 from experiment.files import load, save, save_without_overwriting, to_cpu, write_json
 from experiment.progress import Progress
 from experiment.signals import StopSignals
@@ -181,10 +181,8 @@ class Run:
             problem, cause = "those before it have other columns", "Another commit"
         else:
             return
-        raise UserError(
-            f"stopped after epoch {row['epoch']}: {problem}. {cause} is the likely cause; "
-            "the epochs before it are kept"
-        )
+        message = f"stopped after epoch {row['epoch']}: {problem}. {cause} is the likely cause"
+        raise UserError(f"{message}; the epochs before it are kept")
 
     # --------------------------------------------------------------------------------- the files
 
@@ -198,6 +196,8 @@ class Run:
             try:
                 self._load(saved)
             except Exception as error:  # a file that was tampered with can raise nearly anything
+                if is_lack_of_memory(error):
+                    raise
                 reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()[:200]
                 raise UserError(f"{path} is not the checkpoint of this run: {reason}") from error
         if parallel.is_rank_zero() and self.args.resume:

@@ -20,7 +20,7 @@ if [ -z "$(ls "$cifake" 2> /dev/null)" ]; then # no folder, or an empty one
     exit 1
 fi
 free=$(awk '/MemAvailable/ {print int($2 / 2^20)}' /proc/meminfo 2> /dev/null || echo 99)
-[ "$free" -ge 2 ] || echo "note: only $free GB of memory are free; 2 GB are needed"
+[ "${free:-99}" -ge 2 ] || echo "note: only $free GB of memory are free; 2 GB are needed"
 cores=$(getconf _NPROCESSORS_ONLN)
 [ "$cores" -ge 2 ] || echo "note: there is one core; two halve the time"
 

@@ -9,14 +9,13 @@ from per_class.csv, and over all classes from metrics.csv.
 """
 
 import csv
+import io
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,7 +24,7 @@ from data import CLASSES, ImageSet, load_cifake, load_cifar10
 from experiment import flags
 from experiment.errors import UserError, one_line_errors
 from experiment.files import atomic_write
-from plots import read_metrics
+from plots import Figure, read_metrics
 
 # Lengths are in pixels of the picture. GitHub shows it at half its size.
 WIDTH, HEIGHT = 1800, 1090
@@ -149,9 +148,10 @@ def write(figure: Figure, y: float, title: str) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    pixels = io.BytesIO()
+    figure.savefig(pixels, format="rgba")
+    picture = Image.frombytes("RGBA", (WIDTH, HEIGHT), pixels.getvalue()).convert("RGB")
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         picture.save(file, "PNG", optimize=True)

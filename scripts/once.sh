@@ -69,12 +69,14 @@ measured() {
         --teacher_weights "$3" "${@:4}"
 }
 
-# summary [RUN ...]: the table of these runs, or of all runs of the experiment.
+# summary [RUN ...]: the table of these runs, or of all runs of the experiment. Then an error, if SETTINGS
+# names a student that there is not.
 summary() {
-    local name
+    local name unknown=
     for name in ${SETTINGS:-}; do
-        [[ "$known " == *" $name "* ]] || usage_error "SETTINGS: there is no $name"
+        [[ "$known " == *" $name "* ]] || unknown+=" $name"
     done
     [ $# -gt 0 ] || set -- "$runs"/*/
-    python scripts/summarize.py "$runs" "$@"
+    python scripts/summarize.py "$runs" "$@" || [ -n "$unknown" ]
+    [ -z "$unknown" ] || usage_error "SETTINGS: there is no$unknown"
 }

@@ -14,15 +14,12 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiment import flags
 from experiment.errors import UserError, one_line_errors
 from experiment.files import atomic_write, write_csv
-from plots import read_metrics
+from plots import Axes, Figure, read_metrics
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:

@@ -11,14 +11,12 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiment import flags
 from experiment.errors import one_line_errors
 from experiment.files import atomic_write
-from plots import read_metrics
+from plots import Figure, read_metrics
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 PUBLISHED = RESULTS / "published" / "published_student_curve.csv"

@@ -21,15 +21,13 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiment import flags
 from experiment.errors import UserError, one_line_errors
 from experiment.files import atomic_write, write_csv
 from experiment.folder import MAY_CHANGE_ON_RESUME
-from plots import read_metrics
+from plots import Figure, read_metrics
 
 KEPT = ("config.json", "metrics.csv", "per_class.csv")
 ENDS = {"train_agreement": 2, "val_kd_loss": 4, "val_agreement": 2}

@@ -116,7 +116,8 @@ def test_synthetic_images(student, cifake, workdir):
 
 
 def test_teachers(student, workdir, capsys):
-    student("no teacher at nobody.pth: make one with", teacher_weights="nobody.pth")
+    make = "make one with `python fine_tune_teacher_cifar10.py --output nobody.pth`"
+    student(f"no teacher at nobody.pth: {make}", teacher_weights="nobody.pth")
     student("no teacher at data: make one with", teacher_weights="data")
     command = r"`python fine_tune_teacher_cifar10.py --demo`"
     assert command in fails(student_script, ["--demo"], capsys)[1]

@@ -460,7 +460,7 @@ def test_a_download_of_cifar10_that_fails_is_said(error, tmp_path, monkeypatch):
         raise error
 
     monkeypatch.setattr(CIFAR10, "download", offline)
-    with pytest.raises(UserError, match=r"CIFAR-10 is neither in .* failed: no network.*--demo"):
+    with pytest.raises(UserError, match=r"CIFAR-10 is neither in .* failed: no network.*demo"):
         load_cifar10(tmp_path, train=True)
 
 

@@ -126,6 +126,21 @@ def test_an_output_that_cannot_be_written_is_refused_before_training(output, pro
     assert sorted(workdir.rglob("*")) == before
 
 
+def test_a_link_as_output_needs_a_folder_that_can_be_written_to(workdir, monkeypatch):
+    """The link is replaced by the file, in the folder of the link and not in its target's."""
+    for name in ("locked", "open"):
+        (workdir / name).mkdir()
+    (workdir / "locked" / "out.pth").symlink_to(workdir / "open" / "target.pth")
+    (workdir / "open" / "out.pth").symlink_to(workdir / "locked" / "target.pth")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")  # for root
+    with pytest.raises(UserError, match="locked is not a folder that can be written to"):
+        make_run(output=Path("locked/out.pth"), run_dir=Path("run"))
+    with make_run(output=Path("open/out.pth"), run_dir=Path("run"), epochs=1) as made:
+        log(made, 40.0)
+        made.finish()
+    assert not (workdir / "open" / "out.pth").is_symlink()
+
+
 def test_a_network_may_lie_in_the_folder_of_its_run(workdir):
     with make_run(run_dir=Path("run"), output=Path("run/new/student.pth"), epochs=1) as made:
         log(made, 40.0)
@@ -520,6 +535,21 @@ def test_a_network_that_has_changed_is_named(stopped):
     reason = r"last\.pt is not the checkpoint of this run: size mismatch for weight: .*2, 3"
     with pytest.raises(UserError, match=reason):
         next(resumed(stopped, state, must_match={"teacher_sha256": "aaaa"}).epochs())
+
+
+def test_lack_of_memory_is_not_taken_for_a_bad_checkpoint(stopped, monkeypatch):
+    """Somebody might delete it."""
+
+    def lack(*args, **flags):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    made = resumed(stopped, must_match={"teacher_sha256": "aaaa"})
+    monkeypatch.setattr(made.state["model"], "load_state_dict", lack)
+    with pytest.raises(torch.OutOfMemoryError):
+        next(made.epochs())
+    monkeypatch.setattr(torch, "load", lack)
+    with pytest.raises(torch.OutOfMemoryError):
+        load(stopped / "last.pt")
 
 
 @pytest.mark.parametrize("change", ["another run", "an older format", "no history", "ragged"])

@@ -131,6 +131,17 @@ def test_a_bit_that_a_disk_has_flipped_is_noticed(workdir):
         load(path)
 
 
+def test_a_file_that_may_not_be_read_says_so(workdir, monkeypatch):
+    save(Path("last.pt"), {"a": 1})
+
+    def refuse(*args, **flags):  # root may read everything
+        raise PermissionError(errno.EACCES, "Permission denied", "last.pt")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(UserError, match=r"last\.pt cannot be read: Permission denied"):
+        load("last.pt")
+
+
 def test_what_has_its_name_is_on_the_disk(workdir, monkeypatch):
     seen = []
     monkeypatch.setattr(files.os, "fsync", lambda number: seen.append(os.listdir(workdir)))

@@ -1,6 +1,7 @@
 import csv
 import io
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -349,6 +350,11 @@ def test_the_backend_of_a_notebook_is_not_needed():
     command = [sys.executable, "-c", "import plots"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    folders = ("", "benchmarks", "experiment", "imagenet", "networks", "scripts", "synthetic_data")
+    paths = [path for folder in folders for path in (REPOSITORY / folder).glob("*.py")]
+    texts = {path.name: path.read_text(encoding="utf-8") for path in paths}
+    imports = [name for name, text in texts.items() if re.search("(import|from) matplotlib", text)]
+    assert imports == ["plots.py"]  # which others may not import too late
 
 
 def test_the_command_redraws_or_overlays(student, workdir, capsys, figures):

@@ -202,7 +202,9 @@ def test_a_setting_that_is_misspelt_is_named(workdir, monkeypatch):
     monkeypatch.setenv("SETTINGS", "noise riel")
     with pytest.raises(AssertionError, match="error: SETTINGS: there is no riel; the first lines"):
         started_by(workdir, "controls.sh", "teacher.pth", "0")
-    assert "noise-0" in (workdir / "log").read_text()  # what is known was trained
+    log = (workdir / "log").read_text()
+    assert "noise-0" in log  # what is known was trained
+    assert "summarize.py" in log  # and is in the table
 
 
 def test_a_stopped_run_is_resumed_with_the_flags_of_its_script(workdir):
