@@ -301,7 +301,7 @@ def test_a_signal_to_all_processes_stops_only_the_one_that_saves(made, number):
 
 
 ENDLESS = """
-import signal, sys, time
+import signal, sys, time, warnings
 from experiment.errors import Stopped, one_line_errors
 from imagenet.index import list_images
 from imagenet.loader import FolderLoader
@@ -309,6 +309,7 @@ from imagenet.loader import FolderLoader
 def stop(number, frame):
     raise Stopped(number, "saved")
 
+warnings.simplefilter("ignore")  # PyTorch warns of two workers on one core
 with one_line_errors():
     loader = FolderLoader(list_images(sys.argv[1], 20), 8, "cpu", train=True, workers=2)
     while True:
