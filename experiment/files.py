@@ -121,10 +121,9 @@ def load(path: str | Path) -> dict:
             warnings.simplefilter("ignore")  # a bad file is refused below
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises nearly anything on a broken or hostile file
-        if is_lack_of_memory(error):
-            raise
-        if isinstance(error, OSError) and error.strerror:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        lack = "too little memory" if is_lack_of_memory(error) else None
+        if reason := lack or getattr(error, "strerror", None):
+            raise UserError(f"{path} cannot be read: {reason}") from error
         problem = f"not a weight file, or not a safe one ({type(error).__name__})"
         raise UserError(f"{path} is {problem}; of a model, save its state_dict()") from error
     if not isinstance(state, dict):
