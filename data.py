@@ -28,7 +28,7 @@ import augmentations
 from experiment import parallel
 from experiment.device import MEMORY_FORMAT
 from experiment.download import timeout
-from experiment.errors import UserError
+from experiment.errors import UserError, is_lack_of_memory
 
 CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 
@@ -272,7 +272,8 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
                 yield picture
     except Exception as error:  # the decoders raise nearly anything on a broken or hostile file
         told = isinstance(error, (UserError, Image.DecompressionBombError))
-        reason = error if told else getattr(error, "strerror", None)
+        lack = "too little memory to read it" if is_lack_of_memory(error) else None
+        reason = error if told else lack or getattr(error, "strerror", None)
         raise UserError(f"{path}: {reason or 'not an image that can be read'}") from error
 
 

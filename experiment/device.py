@@ -135,5 +135,10 @@ def seed_everything(seed: int, epoch: int = 0) -> None:
     """Seed PyTorch from (seed, epoch); epoch 0 is for the weights, before training.
 
     Every epoch has its own seed, so a resumed run draws the same numbers as an uninterrupted one.
+    The ranks of a job draw the same numbers on the CPU, for the data, and others on their GPUs,
+    where a network's dropout draws.
     """
-    torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
+    number = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    torch.manual_seed(number)
+    if parallel.rank() > 0 and torch.cuda.is_available():
+        torch.cuda.manual_seed(number + parallel.rank())

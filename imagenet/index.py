@@ -4,6 +4,7 @@ Every name is checked, and no image is opened: loader.py does that.
 """
 
 import ast
+import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -47,6 +48,12 @@ class ImageFiles:
         n = min(n or len(self), len(self))
         index = torch.arange(n) * len(self) // n
         return replace(self, names=self.names[index.numpy()], labels=self.labels[index])
+
+    def sha256(self) -> str:
+        """A checksum of all names and labels; no image is opened."""
+        digest = hashlib.sha256(self.names.tobytes())
+        digest.update(self.labels.numpy())
+        return digest.hexdigest()
 
 
 def list_images(

@@ -117,7 +117,8 @@ def main(args: Namespace) -> None:
     state = dict(model=student, optimizer=optimizer, scheduler=scheduler, step=step)
     about = describe(student, test_files.classes)
     must_match = {"train_images": len(train_files), "test_images": len(test_files)}
-    must_match |= {"teacher_sha256": teacher_sha256}
+    must_match |= {"train_names_sha256": train_files.sha256(), "teacher_sha256": teacher_sha256}
+    must_match |= {"test_names_sha256": test_files.sha256()}
     extra = {"teacher_accuracy": accuracy, "teacher_files": files}
     with Run(args, "imagenet", state, about, device, amp, must_match, plot_run, **extra) as run:
         for epoch in run.epochs():

@@ -86,7 +86,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--guidance_scale", type=flags.float_in(1, 100), default=2.0, metavar="X",
         help="1 is none; with a higher one, images are more typical and less varied [%(default)s]")
     add("--steps", type=flags.int_in(1, 1000), default=50, metavar="N",
-        help="evaluations of the network per image, doubled by guidance [%(default)s]")
+        help="evaluations of the network per image, doubled by guidance; for dit and "
+        "stable-diffusion, a divisor of 1000 [%(default)s]")
     add("--seed", type=flags.int_in(0, 2**32 - 1), default=0, metavar="N",
         help="seed of the images' noise [%(default)s]")
     add = parser.add_argument_group("run").add_argument
@@ -99,6 +100,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     # fmt: on
     parser.add_need(
         "prompt", "--pipeline stable-diffusion", lambda args: args.pipeline == "stable-diffusion"
+    )
+    parser.add_need(
+        "steps",
+        "to divide 1000, except for --pipeline local",
+        lambda args: args.pipeline == "local" or 1000 % args.steps == 0,
     )
     return flags.parse(parser, argv)
 
@@ -240,9 +246,10 @@ def from_hub(plan: Plan, device: torch.device, dtype: torch.dtype) -> Draw:
     """Stable Diffusion or DiT, from diffusers' hub or a folder. Errors: UserError.
 
     Stable Diffusion's safety filter is off: it sometimes replaces a harmless image by black. Both
-    are sampled by DDIM from the noisiest step on, see `diffusion.sample`, with as many evaluations
-    as --steps says. The paper has DDPM for DiT: diffusers' pipeline would draw its noise for the
-    whole batch at once, and an image would depend on the others in its batch.
+    are sampled by DDIM from the noisiest step on, with as many evaluations as --steps says, which
+    has to divide 1000: see `diffusion.sample`. The paper has DDPM for DiT: diffusers' pipeline
+    would draw its noise for the whole batch at once, and an image would depend on the others in
+    its batch.
     """
     diffusers, model = diffusion.import_diffusers(), plan.model
     name, options = "DiTPipeline", {}

@@ -213,6 +213,18 @@ def test_a_bad_image_is_named(name, cifake, capfd, recwarn):
     assert (capfd.readouterr(), len(recwarn)) == (("", ""), 0)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: 9 bytes")])
+def test_too_little_memory_is_no_broken_image(error, cifake, monkeypatch):
+    """Somebody might delete the image."""
+
+    def array(picture):
+        raise error
+
+    monkeypatch.setattr(data.np, "array", array)
+    with pytest.raises(UserError, match=r"\.jpg: too little memory to read it$"):
+        load_image(cifake / "1002 (3).jpg")
+
+
 NO_FILES = {
     "folder": lambda path: path.mkdir(),
     "dangling link": lambda path: path.symlink_to("nowhere"),

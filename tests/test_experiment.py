@@ -874,6 +874,18 @@ def test_every_epoch_draws_its_own_numbers_from_the_seed():
     assert len({tuple(d) for d in draws}) == 12
 
 
+def test_ranks_share_the_draws_of_the_data_and_not_those_of_dropout(monkeypatch):
+    """Imitated: a CPU has one generator for both. Else all GPUs had the same dropout masks."""
+    seeds, cpu = [], []
+    monkeypatch.setattr(torch, "manual_seed", lambda n: seeds.append(n) or cpu.append(n))
+    monkeypatch.setattr(torch.cuda, "manual_seed", lambda n: seeds.__setitem__(-1, n))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for rank in range(4):
+        as_rank(monkeypatch, rank, 4)
+        seed_everything(0, 1)
+    assert (len(set(seeds)), len(set(cpu))) == (4, 1)
+
+
 @pytest.mark.parametrize("name", ["cuda:1", "cuda"])
 def test_a_gpu_with_a_number_becomes_the_current_one(name, monkeypatch):
     """The number is that of --device or, under torchrun, that of the rank on its machine."""

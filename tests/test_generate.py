@@ -165,7 +165,7 @@ def test_a_set_is_what_the_loader_reads(pipeline, workdir, models):
 
 @pytest.mark.parametrize("pipeline", ["dit", "stable-diffusion"])
 def test_sampling_starts_at_the_noisiest_step(pipeline, workdir, models, monkeypatch):
-    """By default, three steps of a scheduler would start at 666, from noise that is too strong."""
+    """By default, four steps of a scheduler would start at 750, from noise that is too strong."""
     diffusers = pytest.importorskip("diffusers")
     step, taken = diffusers.DDIMScheduler.step, []
 
@@ -174,9 +174,9 @@ def test_sampling_starts_at_the_noisiest_step(pipeline, workdir, models, monkeyp
         return step(self, output, t, *args, **more)
 
     monkeypatch.setattr(diffusers.DDIMScheduler, "step", note)
-    run(models, pipeline, "set", "--per_class", 1, "--steps", 3, "--batch_size", 100)
-    assert taken[:3] == [999, 666, 332]
-    assert set(taken) == set(taken[:3])
+    run(models, pipeline, "set", "--per_class", 1, "--steps", 4, "--batch_size", 100)
+    assert taken[:4] == [999, 749, 499, 249]
+    assert set(taken) == set(taken[:4])
 
 
 @pytest.mark.slow
@@ -199,7 +199,7 @@ def test_an_image_depends_on_its_class_and_number_alone(pipeline, workdir, model
 @pytest.mark.parametrize("pipeline", ["local_two", "dit", "stable-diffusion"])
 def test_seed_guidance_and_steps_change_the_images(pipeline, workdir, models):
     run(models, pipeline, "set", "--per_class", 1)
-    for flag, value in (("--seed", 1), ("--guidance_scale", 4), ("--steps", 3)):
+    for flag, value in (("--seed", 1), ("--guidance_scale", 4), ("--steps", 4)):
         run(models, pipeline, f"other{flag}", "--per_class", 1, flag, value)
         assert not images("set").items() & images(f"other{flag}").items()
 
@@ -322,6 +322,7 @@ FLAGS = [
     (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
     (["--prompt", "a cat"], "--prompt: 'a cat' says nowhere {class}"),
     (["--prompt", "a {class}"], "--prompt needs --pipeline stable-diffusion"),
+    (["--pipeline", "dit", "--steps", "150"], "--steps needs to divide 1000"),
     (["--guidance", "3"], "unrecognized arguments: --guidance 3"),
     (["--device", "tpu"], "--device: 'tpu' is none of"),
 ]

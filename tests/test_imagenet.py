@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,13 @@ def test_it_resumes_bit_for_bit(workdir, tiny, monkeypatch):
     student("--resume", "stopped", "--workers", 1)
     assert without_times(metrics("stopped")) == without_times(metrics("unbroken"))
     assert_equal_weights("stopped.pth", "unbroken.pth")
+
+    for key, flag, original in (("train", *tiny[:2]), ("test", *tiny[2:4])):
+        shutil.copytree(original, other := f"other_{key}")
+        image = Path(other, WORDNET_IDS[0], f"{WORDNET_IDS[0]}_0.JPEG")
+        image.rename(image.with_name(f"{WORDNET_IDS[0]}_00.JPEG"))  # still the first
+        with pytest.raises(UserError, match=f"with other files: {key}_names_sha256 was"):
+            student("--resume", "stopped", flag, other)
 
 
 @pytest.mark.slow
